@@ -1,0 +1,123 @@
+"""The one pipeline: load preferences -> SFT -> DPO (only for finetuning_type dpo) -> evaluate -> register.
+
+Wiring and cache policy, nothing else. It starts with `python run.py train CONFIG`, or with ZenML's own
+`zenml pipeline run pipelines.training.training -c CONFIG`; both check the whole config first.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from zenml.config import CachePolicy
+from zenml.pipelines.pipeline_definition import Pipeline
+
+from preference_tuning import fingerprint
+from preference_tuning.config import (
+    BaseModelConfig,
+    DataConfig,
+    DPOConfig,
+    EvaluationConfig,
+    LoraConfig,
+    RegistryConfig,
+    SFTConfig,
+    TrackingConfig,
+    load,
+)
+from preference_tuning.data import sources
+from preference_tuning.errors import PreferenceTuningError, find
+from preference_tuning.models.source import locate
+from steps.evaluate import evaluate
+from steps.load_preferences import load_preferences
+from steps.register import register
+from steps.train_dpo import train_dpo
+from steps.train_sft import train_sft
+
+
+def covering(*modules: str) -> CachePolicy:
+    """Return the cache policy of a step that runs on ``modules``: an edit of any code they use runs it again."""
+    root = fingerprint.PACKAGE.parent
+    return CachePolicy(file_dependencies=[str(path.relative_to(root)) for path in fingerprint.sources(*modules)])
+
+
+def _training(
+    base_model: BaseModelConfig,
+    data: DataConfig,
+    finetuning_type: Literal["sft", "dpo"] = "sft",
+    output_dir: str = "outputs",
+    lora: LoraConfig = LoraConfig(),
+    sft: SFTConfig = SFTConfig(),
+    dpo: DPOConfig = DPOConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
+    registry: RegistryConfig = RegistryConfig(),
+    tracking: TrackingConfig = TrackingConfig(),
+) -> None:
+    """Tune a base model on preference pairs; each parameter is a section of the run config."""
+    # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
+    model = {"base_model": base_model, "base_model_fingerprint": locate(base_model).fingerprint}
+
+    dataset, _ = load_preferences.with_options(cache_policy=covering("preference_tuning.data"))(
+        data=data, source_fingerprint=sources.fingerprint_of(data)
+    )
+    training = covering("preference_tuning.training")
+    sft_adapter, sft_evidence, _ = train_sft.with_options(cache_policy=training)(
+        dataset=dataset, lora=lora, sft=sft, **model
+    )
+    tuned: dict[str, Any] = {}
+    if finetuning_type == "dpo":
+        dpo_adapter, dpo_evidence, _ = train_dpo.with_options(cache_policy=training)(
+            dataset=dataset, sft_adapter=sft_adapter, dpo=dpo, **model
+        )
+        tuned = {"dpo_adapter": dpo_adapter, "dpo_evidence": dpo_evidence}
+    scores, _ = evaluate.with_options(cache_policy=covering("preference_tuning.evaluation"))(
+        dataset=dataset,
+        sft_adapter=sft_adapter,
+        dpo_adapter=tuned.get("dpo_adapter"),
+        evaluation=evaluation,
+        beta=dpo.beta,
+        max_length=dpo.length(base_model),
+        **model,
+    )
+    register(
+        dataset=dataset,
+        sft_adapter=sft_adapter,
+        sft_evidence=sft_evidence,
+        evaluation=scores,
+        registry=registry,
+        rules=evaluation,
+        **tuned,
+        **model,
+    )
+
+
+class CheckedPipeline(Pipeline):
+    """A pipeline that reads its config with our loader first: ZenML ignores many unknown keys without a word."""
+
+    def with_options(self, *args: Any, config_path: str | None = None, **kwargs: Any) -> Pipeline:
+        """Check the config, then let ZenML apply it."""
+        with told():
+            if config_path:
+                load(Path(config_path))
+            return super().with_options(*args, config_path=config_path, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
+        with told():
+            return super().__call__(*args, **kwargs)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn our errors into a message and their exit code."""
+    try:
+        yield
+    except Exception as error:
+        known = find(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        raise SystemExit(known.exit_code) from None
+
+
+training = CheckedPipeline(name="training", entrypoint=_training)

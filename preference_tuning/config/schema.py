@@ -1,0 +1,250 @@
+"""The sections of a run config, with their defaults: the LLM Engineer's Handbook's recipe.
+
+Every default lives here and nowhere else. Field names are those of transformers and TRL where they have one.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+DPOLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
+]  # fmt: skip
+SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+"""Where TRL 1.14.2 really applies ``label_smoothing`` (trl/trainer/dpo_trainer.py); elsewhere it ignores it."""
+
+
+class Section(BaseModel):
+    """A part of the run config: unknown keys are errors, values are fixed once read, nan and inf are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
+        # pydantic would take `beta: true` as 1.0, and `load_in_4bit: "no"` as False.
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        wants_bool = "bool" in annotation
+        if isinstance(value, bool) and not wants_bool:
+            raise ValueError("true and false are not accepted here")
+        if wants_bool and not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+
+
+class BaseModelConfig(Section):
+    """The model that is tuned, and how it is loaded."""
+
+    source: Text
+    """A hub id, a local directory, a .gguf file, or ``package:NAME/FILE`` for a file of an installed Python package."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id; resolved to a commit before anything runs. None: the main branch."""
+    backend: Literal["transformers", "unsloth"] = "transformers"
+    """unsloth needs CUDA and the gpu extra; asked for where it cannot run, it is an error."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: bfloat16 where the hardware has it; else float16 on CUDA and float32 on a CPU."""
+    load_in_4bit: bool = False
+    """Quantise the frozen weights to 4 bits with bitsandbytes (QLoRA); CUDA only."""
+    max_seq_length: int = Field(2048, ge=16, le=1_048_576)
+    """Longest row, in tokens, that SFT trains on."""
+    chat_template: Text | None = None
+    """None: the tokenizer's own. ``chatml``, or the path of a Jinja file, replaces it; it is saved with the model."""
+
+
+class LoraConfig(Section):
+    """The adapter that walks through SFT and DPO (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(32, ge=1, le=1024)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[Text, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+    @field_validator("target_modules")
+    @classmethod
+    def _adaptable(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        if not modules:
+            raise ValueError("at least one module is needed")
+        if "lm_head" in modules:
+            raise ValueError("lm_head cannot be adapted: the engine applies the frozen head to answer tokens only")
+        return tuple(sorted(set(modules)))
+
+
+class Columns(Section):
+    """Which columns of the source hold a pair, where they have other names."""
+
+    prompt: Text = "prompt"
+    chosen: Text = "chosen"
+    rejected: Text = "rejected"
+
+
+class DataConfig(Section):
+    """The preference data and its split."""
+
+    source: Text
+    """A .jsonl, .json, .csv or .parquet file, a directory saved by datasets, or a hub id."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id; resolved to a commit before anything runs. None: the main branch."""
+    split: Text = "train"
+    """The split to read from a hub id or from a saved DatasetDict."""
+    columns: Columns = Columns()
+    held_out: Share = 0.05
+    """Share of the prompts kept from training for evaluation, decided by a keyed hash of each prompt."""
+    max_dropped: float = Field(0.05, ge=0, le=1)
+    """Largest share of rows that may be dropped (duplicates, identical answers, no room) before the run stops."""
+    seed: int = Field(42, ge=0)
+
+
+class StageConfig(Section):
+    """What SFT and DPO have in common."""
+
+    per_device_train_batch_size: int = Field(2, ge=1)
+    gradient_accumulation_steps: int = Field(8, ge=1)
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    """auto: adamw_8bit on CUDA, adamw_torch_fused on a CPU (where 8-bit steps are 14 times slower)."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: float = Field(10, ge=0)
+    """Optimizer steps; below 1, a share of the run."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: Share = 0.2
+    """Evaluate on the held-out rows each time this share of the optimizer steps is done."""
+    save_steps: Share = 0.2
+    """Write a checkpoint each time this share of the optimizer steps is done."""
+    gradient_checkpointing: bool = False
+    seed: int = Field(42, ge=0)
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _whole_or_share(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("must be a whole number of steps, or a share below 1")
+        return value
+
+
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on the chosen answers."""
+
+    num_train_epochs: float = Field(3, gt=0, le=1000)
+    learning_rate: float = Field(3e-4, gt=0, lt=1)
+
+
+class DPOConfig(StageConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), from the SFT policy."""
+
+    num_train_epochs: float = Field(1, gt=0, le=1000)
+    learning_rate: float = Field(2e-6, gt=0, lt=1)
+    beta: float = Field(0.5, gt=0, le=100)
+    loss_type: Annotated[tuple[DPOLoss, ...], Field(min_length=1)] = ("sigmoid",)
+    """One of TRL's losses, or several to be summed with ``loss_weights``."""
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    max_length: int | None = Field(None, ge=16)
+    """Longest prompt plus answer, in tokens. None: half of ``base_model.max_seq_length``."""
+    engine: Literal["auto", "shared_prompt", "trl"] = "auto"
+    """shared_prompt runs each prompt once for both answers; auto takes it wherever the model's attention allows."""
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def length(self, base_model: BaseModelConfig) -> int:
+        """Return the longest row in tokens: the recipe's ``max_length = max_seq_length // 2`` unless set."""
+        return self.max_length or base_model.max_seq_length // 2
+
+
+class EvaluationConfig(Section):
+    """Scoring on the held-out pairs, and the rules of the verdict."""
+
+    batch_size: int = Field(8, ge=1)
+    samples: int = Field(6, ge=0, le=64)
+    """Held-out prompts answered by every model, side by side."""
+    max_new_tokens: int = Field(96, ge=1, le=4096)
+    min_pairs: int = Field(30, ge=1)
+    """Fewer held-out pairs than this leave the verdict inconclusive."""
+    min_accuracy: float = Field(0.5, ge=0, lt=1)
+    """The lower end of the 95 % interval of the reward accuracy must lie above this."""
+    max_nll_increase: float = Field(0.2, ge=0)
+    """Nats a token: the upper end of the interval of the chosen answers' NLL increase must not exceed this."""
+    champion_tolerance: float = Field(0.02, ge=0, lt=1)
+    """A challenger may be below the champion's reward accuracy by at most this, at the interval's lower end."""
+    seed: int = Field(42, ge=0)
+
+
+class RegistryConfig(Section):
+    """Where results become versions."""
+
+    folder: Text = "outputs/registry"
+    name: Name = "preference-tuned"
+
+
+class TrackingConfig(Section):
+    """Comet. Every metric also lies in a plain metrics.jsonl, whatever is chosen here."""
+
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when COMET_API_KEY is set, else offline archives that `comet upload` takes later."""
+    project: Text = "preference-tuning"
+    workspace: Text | None = None
+    tags: tuple[Text, ...] = ()
+
+
+class RunConfig(Section):
+    """One run: the ``parameters`` of the pipeline."""
+
+    finetuning_type: Literal["sft", "dpo"] = "sft"
+    output_dir: Text = "outputs"
+    base_model: BaseModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    sft: SFTConfig = SFTConfig()
+    dpo: DPOConfig = DPOConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    registry: RegistryConfig = RegistryConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""
+        yield from _model_contradictions(self.base_model)
+        yield from _dpo_contradictions(self.dpo)
+        if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
+            yield (
+                ("dpo", "max_length"),
+                f"{self.dpo.max_length} is more than base_model.max_seq_length ({self.base_model.max_seq_length})",
+            )
+
+
+def _model_contradictions(model: BaseModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    if model.source.endswith(".gguf") and model.load_in_4bit:
+        yield ("base_model", "load_in_4bit"), "a GGUF file is already quantised; use the model's safetensors instead"
+    if model.source.endswith(".gguf") and model.revision:
+        yield ("base_model", "revision"), "a file has no revision; remove it"
+    if model.device == "cpu" and model.backend == "unsloth":
+        yield ("base_model", "backend"), "unsloth runs on CUDA only, and device is cpu"
+    if model.device == "cpu" and model.load_in_4bit:
+        yield ("base_model", "load_in_4bit"), "4-bit training needs CUDA, and device is cpu"
+    if model.device == "cpu" and model.dtype == "float16":
+        yield ("base_model", "dtype"), "float16 does not train on a CPU; use auto, bfloat16 or float32"
+
+
+def _dpo_contradictions(dpo: DPOConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    losses = dpo.loss_type
+    if dpo.label_smoothing and not SMOOTHED_LOSSES & set(losses):
+        yield (
+            ("dpo", "label_smoothing"),
+            f"has no effect with loss_type {', '.join(losses)}; it acts in {', '.join(sorted(SMOOTHED_LOSSES))}",
+        )
+    if "exo_pair" in losses and not dpo.label_smoothing:
+        yield ("dpo", "label_smoothing"), "must be above 0 with loss_type exo_pair (its paper uses 1e-3)"
+    if dpo.loss_weights is not None and len(dpo.loss_weights) != len(losses):
+        yield ("dpo", "loss_weights"), f"{len(dpo.loss_weights)} weights for {len(losses)} loss types"

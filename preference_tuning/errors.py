@@ -1,0 +1,57 @@
+"""What can go wrong, and the exit code that says so.
+
+    PreferenceTuningError        1   anything else that has a clear message
+    |-- ConfigError              2   the run config, or what it points to, is wrong
+    |-- DataError                3   the preference data cannot be trained on
+    |-- DivergedError            4   training left the healthy range; nothing is kept of it
+    `-- InterruptedJobError     75   stopped from outside; the same command continues
+
+A message says what is wrong, where, and what to do. It is shown without a traceback.
+"""
+
+
+class PreferenceTuningError(Exception):
+    """A failure that the user can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(PreferenceTuningError):
+    """The run config contradicts itself, or names something that is not there."""
+
+    exit_code = 2
+
+
+class DataError(PreferenceTuningError):
+    """A preference source is missing, unreadable, or has rows that cannot be used."""
+
+    exit_code = 3
+
+
+class DivergedError(PreferenceTuningError):
+    """A loss, gradient, weight or reference check is outside what healthy training shows."""
+
+    exit_code = 4
+
+
+class InterruptedJobError(PreferenceTuningError):
+    """A signal stopped a job after it saved a checkpoint."""
+
+    exit_code = 75
+
+
+BY_EXIT_CODE: dict[int, type[PreferenceTuningError]] = {
+    error.exit_code: error
+    for error in (PreferenceTuningError, ConfigError, DataError, DivergedError, InterruptedJobError)
+}
+
+
+def find(error: BaseException | None) -> PreferenceTuningError | None:
+    """Return the first of ours in a chain of causes (ZenML wraps what a step raises)."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, PreferenceTuningError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None

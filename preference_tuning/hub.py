@@ -1,0 +1,56 @@
+"""The Hugging Face Hub, as a place to read models and datasets from; the only module that knows huggingface_hub."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from preference_tuning.errors import ConfigError
+
+REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model", "dataset"]) -> str:
+    """Return the commit that ``revision`` (None: main) of a hub repository names now.
+
+    A full commit hash is returned as it is, so a pinned run needs no network once its files are cached.
+
+    Raises:
+        ConfigError: the repository or revision does not exist, access is not granted, or the hub is out of reach.
+    """
+    if revision and COMMIT.match(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = f"{repo_type} {repo_id!r}"
+    try:
+        sha = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type, timeout=10).sha
+    except GatedRepoError:
+        raise ConfigError(f"{where} is gated: accept its licence on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise ConfigError(f"{where} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"no {where} on the hub (or it is private and HF_TOKEN is not set), and no such path") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"cannot reach the hub to find the {where}: {reason}. "
+            "Use a local path, or pin `revision` to a full commit hash that is in the local cache"
+        ) from None
+    if not sha:
+        raise ConfigError(f"the hub gives no commit for the {where}")
+    return sha
+
+
+def download_model(repo_id: str, commit: str) -> Path:
+    """Return the local folder of a model repository at ``commit``, downloading what is missing (no pickles)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=MODEL_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"cannot download model {repo_id!r} at {commit}: {str(error).splitlines()[0]}") from None

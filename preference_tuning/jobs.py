@@ -1,0 +1,131 @@
+"""Heavy work as a job in its own process: a job file in, a result file out.
+
+The child gives its memory back when it ends, owns its signals, and keeps torch out of the pipeline's process. Its
+folder is named by a hash of the work, so the same work started again continues where it was, and finished work is
+found finished.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from preference_tuning import fingerprint
+from preference_tuning.errors import BY_EXIT_CODE, PreferenceTuningError
+
+JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "job.log"
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+Job = TypeVar("Job", bound=BaseModel)
+Result = TypeVar("Result", bound=BaseModel)
+
+
+def run(module: str, folder: Path, job: BaseModel, result: type[Result]) -> Result:
+    """Run ``python -m module folder`` on ``job`` and return its result; at once if this job is already finished.
+
+    Raises:
+        PreferenceTuningError: of the kind that the job failed with, or of the base kind if it died.
+    """
+    _make(folder)
+    with _lock(folder):
+        finished = folder / RESULT
+        if not finished.is_file():
+            write_json(folder / JOB, job.model_dump(mode="json"))
+            (folder / ERROR).unlink(missing_ok=True)
+            code = _run_child(module, folder)
+            if code or not finished.is_file():
+                raise _failure(code, folder)
+        return result.model_validate_json(finished.read_text(encoding="utf-8"))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreferenceTuningError(f"output_dir: cannot write {folder.absolute()}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PreferenceTuningError(f"the same job is already running in {folder}; wait for it, or stop it") from None
+        yield
+
+
+def _run_child(module: str, folder: Path) -> int:
+    root = str(fingerprint.PACKAGE.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**QUIET, **os.environ, "PYTHONPATH": path}
+    child = subprocess.Popen([sys.executable, "-m", module, str(folder)], env=environment)
+    try:
+        return child.wait()
+    except BaseException:
+        # Interrupted here: let the child save its checkpoint before the interruption goes on.
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+
+
+def _failure(code: int, folder: Path) -> PreferenceTuningError:
+    error = folder / ERROR
+    if error.is_file():
+        told = json.loads(error.read_text(encoding="utf-8"))
+        return BY_EXIT_CODE.get(told["exit_code"], PreferenceTuningError)(told["message"])
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return PreferenceTuningError(f"the job in {folder} was ended by {name}{hint}; the same command continues it")
+    return PreferenceTuningError(f"the job in {folder} failed with exit code {code}; its log: {folder / LOG}")
+
+
+def main(job: type[Job], work: Callable[[Path, Job], BaseModel]) -> None:
+    """Be the child: read the job of the folder in ``sys.argv``, do ``work``, write the result or the error."""
+    folder = Path(sys.argv[1])
+    try:
+        result = work(folder, job.model_validate_json((folder / JOB).read_text(encoding="utf-8")))
+    except PreferenceTuningError as error:
+        write_json(folder / ERROR, {"exit_code": error.exit_code, "message": str(error)})
+        sys.exit(error.exit_code)
+    except Exception as error:
+        (folder / LOG).write_text(traceback.format_exc(), encoding="utf-8")
+        message = f"{type(error).__name__}: {error} (traceback in {folder / LOG})"
+        write_json(folder / ERROR, {"exit_code": 1, "message": message})
+        sys.exit(1)
+    write_json(folder / RESULT, result.model_dump(mode="json"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, also after a power cut."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside, sync it and put it in place of ``path`` in one step."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)

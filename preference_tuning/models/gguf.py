@@ -1,0 +1,109 @@
+"""GGUF files, made into ordinary model directories once and kept by content hash.
+
+transformers reads the weights rightly; the tokenizer it builds has the wrong special tokens and, for some models, the
+wrong pre-tokenizer. Both are set here from the file's own metadata. The result carries the file's quantised weights,
+rounded as they are: good for trying things out, no measure of the original model.
+"""
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from preference_tuning.errors import ConfigError
+
+
+def convert(path: Path, target: Path) -> Path:
+    """Write the model of a GGUF file as safetensors to ``target`` unless it is there, and return ``target``.
+
+    Raises:
+        ConfigError: the file's tokenizer is of a kind whose repair is not known, or the file cannot be read.
+    """
+    if (target / "config.json").is_file():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _read_once():
+            metadata = _metadata(path)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
+        raise ConfigError(f"base_model.source: cannot read {path}: {error}") from None
+    _repair(tokenizer, metadata, path)
+    # save_pretrained refuses a model that remembers coming from a quantised file.
+    del read.config.quantization_config
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    model.generation_config = read.generation_config
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    model.to(torch.bfloat16).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    try:
+        os.rename(aside, target)
+    except OSError:
+        # Another process finished the same conversion first; the content is the same.
+        shutil.rmtree(aside)
+    return target
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Let one parsed file serve every reader: transformers parses the whole vocabulary anew four times, in Python."""
+    import gguf
+
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(lambda path, *args: original(path, *args))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(str(path))
+    except (ValueError, IndexError, OSError, KeyError) as error:
+        raise ConfigError(f"base_model.source: {path} is not a readable GGUF file: {error}") from None
+    names = ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "pre", "model")
+    fields = {name: reader.get_field(f"tokenizer.ggml.{name}") for name in names}
+    fields["context"] = next((f for key, f in reader.fields.items() if key.endswith(".context_length")), None)
+    return {name: field.contents() for name, field in fields.items() if field is not None}
+
+
+def _repair(tokenizer: Any, metadata: dict[str, Any], path: Path) -> None:
+    from tokenizers import decoders, pre_tokenizers
+
+    kind = metadata.get("pre", metadata.get("model"))
+    if kind != "smollm":
+        raise ConfigError(
+            f"base_model.source: {path} has a tokenizer of the kind {kind!r}; only 'smollm' is known to be read "
+            "rightly from GGUF. Use the model's own directory or hub id"
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    for name, key in (
+        ("bos_token", "bos_token_id"),
+        ("eos_token", "eos_token_id"),
+        ("unk_token", "unknown_token_id"),
+        ("pad_token", "padding_token_id"),
+    ):
+        if key in metadata:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(metadata[key])))
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = int(metadata.get("context", 2048))

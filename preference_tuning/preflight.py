@@ -1,0 +1,66 @@
+"""Everything of a run that can be known to be wrong before it costs anything."""
+
+import os
+from pathlib import Path
+
+from preference_tuning.config import RunConfig
+from preference_tuning.data import prepare
+from preference_tuning.errors import ConfigError, PreferenceTuningError
+from preference_tuning.models.source import locate
+from preference_tuning.registry.folder import FolderRegistry
+from preference_tuning.tracking.comet import CometRun
+
+
+def check(config: RunConfig) -> str:
+    """Check the config against the world (model, data, folders, tracking) and return the findings, a line each.
+
+    Raises:
+        PreferenceTuningError: with every finding that stops a run; config errors outrank data errors in the exit code.
+    """
+    findings: list[str] = []
+    errors: list[PreferenceTuningError] = []
+    for name, look in (
+        ("model", _model),
+        ("data", _data),
+        ("outputs", _outputs),
+        ("registry", _registry),
+        ("tracking", _tracking),
+    ):
+        try:
+            findings.append(f"{name:9} ok: {look(config)}")
+        except PreferenceTuningError as error:
+            errors.append(error)
+    if errors:
+        first = min(errors, key=lambda error: error.exit_code)
+        raise type(first)("\n".join(str(error) for error in errors))
+    return "\n".join(findings)
+
+
+def _model(config: RunConfig) -> str:
+    source = locate(config.base_model)
+    return f"{source.kind} {source.location} ({source.fingerprint[:16]})"
+
+
+def _data(config: RunConfig) -> str:
+    return f"{prepare.check(config.data)} pairs in {config.data.source}"
+
+
+def _outputs(config: RunConfig) -> str:
+    folder = Path(config.output_dir).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir: cannot write {folder}: no permission in {there}")
+    return str(folder)
+
+
+def _registry(config: RunConfig) -> str:
+    registry = FolderRegistry(config.registry)
+    registry.check_writable()
+    champion = registry.champion()
+    return f"{registry.folder}, champion {champion.version if champion else 'none yet'}"
+
+
+def _tracking(config: RunConfig) -> str:
+    return f"Comet {CometRun(config=config.tracking, experiment_key='', folder=Path()).mode()}"

@@ -1,0 +1,71 @@
+"""The model card of a version, with the metadata block that model hubs read."""
+
+import yaml
+
+from preference_tuning.config import BaseModelConfig
+from preference_tuning.data.table import Manifest
+from preference_tuning.evaluation.gate import Verdict
+from preference_tuning.evaluation.job import Evaluation
+from preference_tuning.training.job import TrainingRecord
+
+
+def render(
+    base_model: BaseModelConfig,
+    evaluation: Evaluation,
+    verdict: Verdict,
+    records: dict[str, TrainingRecord],
+    manifest: Manifest,
+    name: str,
+) -> str:
+    """Return the card as Markdown."""
+    metadata = {
+        "base_model": base_model.source,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "preference-tuning", *records],
+    }
+    stages = " then ".join(stage.upper() for stage in records)
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(metadata, sort_keys=True).strip(),
+            "---",
+            f"# {name}",
+            "",
+            f"A LoRA adapter for `{base_model.source}`, tuned by {stages} on {manifest.train} preference pairs of "
+            f"`{manifest.source}` and measured on {evaluation.pairs} held-out pairs.",
+            "",
+            f"Verdict: **{verdict.decision}** ({verdict.reason}).",
+            "",
+            *_figures(evaluation),
+            "",
+            *_provenance(records, manifest, evaluation),
+            "",
+        ]
+    )
+
+
+def _figures(evaluation: Evaluation) -> list[str]:
+    names = list(dict.fromkeys(name for figures in evaluation.models.values() for name in figures))
+    header = ["| figure | " + " | ".join(evaluation.models) + " |", "|---|" + "---|" * len(evaluation.models)]
+    rows = [
+        f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in evaluation.models.values()) + " |"
+        for name in names
+    ]
+    return ["Every figure with its 95 % interval.", "", *header, *rows]
+
+
+def _provenance(records: dict[str, TrainingRecord], manifest: Manifest, evaluation: Evaluation) -> list[str]:
+    lines = [
+        f"- data: `{manifest.source}`, fingerprint `{manifest.fingerprint}`",
+        f"- base model: `{evaluation.base_model_fingerprint}`",
+        f"- chat template: `{evaluation.template_hash}`",
+    ]
+    for stage, record in records.items():
+        lines.append(f"- {stage}: {record.steps} steps, {record.dtype} on {record.device}, adapter `{record.adapter_hash}`")
+        if record.reference:
+            lines.append(
+                f"- the DPO reference is the SFT policy: loss {record.reference.loss:.6f} before the first update, "
+                f"log-probabilities equal to {record.reference.largest_difference:.3g} nats"
+            )
+    return lines

@@ -1,0 +1,230 @@
+"""The folder registry: content-addressed versions, complete or absent, and the champion as a pointer file.
+
+    <folder>/registry.json                              marks the folder as ours
+    <folder>/<name>/versions/<id>/model/                adapter, tokenizer, chat template, model card
+    <folder>/<name>/versions/<id>/evidence/             reports, records, metrics, scores, the data's manifest
+    <folder>/<name>/versions/<id>/manifest.json         hashes of every file, figures, verdict, provenance
+    <folder>/<name>/champion.json  previous.json        pointers, replaced in one step
+
+A version is written aside, synced and renamed; its id is a hash of the model's files, so publishing the same model
+again changes nothing.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from preference_tuning import fingerprint, jobs
+from preference_tuning.config import RegistryConfig
+from preference_tuning.errors import ConfigError, PreferenceTuningError
+from preference_tuning.evaluation.gate import Verdict
+
+MARK, MANIFEST, CHAMPION, PREVIOUS = "registry.json", "manifest.json", "champion.json", "previous.json"
+FORMAT = {"format": "preference-tuning registry", "version": 1}
+REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+"""Pickles: never part of a version."""
+
+
+class Version(BaseModel):
+    """The manifest of a version."""
+
+    id: str
+    name: str
+    created: datetime
+    model_files: dict[str, dict[str, Any]]
+    evidence_files: dict[str, dict[str, Any]]
+    finetuning_type: str
+    base_model: dict[str, Any]
+    data: dict[str, Any]
+    config: dict[str, Any]
+    code: str
+    metrics: dict[str, Any]
+    verdict: Verdict
+    run: dict[str, str]
+
+
+class Champion(BaseModel):
+    """The pointer to the version in use."""
+
+    version: str
+    since: datetime
+
+
+class FolderRegistry:
+    """The versions of one name in a registry folder."""
+
+    def __init__(self, config: RegistryConfig) -> None:
+        """Open the registry; nothing is written before something is published.
+
+        Raises:
+            ConfigError: the folder holds something else, or is not a folder.
+        """
+        self.root = Path(config.folder).expanduser().absolute()
+        self.name = config.name
+        self._check_ours()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this name."""
+        return self.root / self.name
+
+    def path(self, version: str) -> Path:
+        """Return the folder of a version."""
+        return self.folder / "versions" / version
+
+    def check_writable(self) -> None:
+        """Make sure that a version could be written here, leaving no trace if nothing was here before.
+
+        Raises:
+            ConfigError: it could not.
+        """
+        there = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"registry.folder: cannot write {self.root}: no permission in {there}")
+
+    def champion(self) -> Champion | None:
+        """Return the pointer to the champion, or None if nothing was promoted yet."""
+        path = self.folder / CHAMPION
+        return Champion.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def version(self, id: str) -> Version:
+        """Return the manifest of a version.
+
+        Raises:
+            PreferenceTuningError: there is no such version.
+        """
+        path = self.path(id) / MANIFEST
+        if not path.is_file():
+            raise PreferenceTuningError(f"registry: no version {id!r} of {self.name!r} in {self.root}")
+        return Version.model_validate_json(path.read_text(encoding="utf-8"))
+
+    def publish(self, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
+        """Store a result as a version and return it; the version that already holds this model, if one does.
+
+        Args:
+            model: folder of the adapter, its tokenizer and template.
+            evidence: folders to keep beside it, by name.
+            card: the model card.
+            facts: the other fields of ``Version``.
+
+        Raises:
+            PreferenceTuningError: the model holds files that must not be published, or cannot be written.
+        """
+        files = fingerprint.manifest(model)
+        if pickles := [name for name in files if name.endswith(REFUSED)]:
+            raise PreferenceTuningError(f"registry: {', '.join(pickles)}: pickled files are not published")
+        id = fingerprint.of_value(files)[:16]
+        with self._lock():
+            self._clear_leftovers()
+            if (self.path(id) / MANIFEST).is_file():
+                return self.version(id)
+            return self._write(id, model, evidence, card, facts)
+
+    def promote(self, id: str) -> None:
+        """Make a version the champion; the one before becomes the previous one.
+
+        Raises:
+            PreferenceTuningError: there is no such version, or its files are not what was published.
+        """
+        if problems := self.verify(id):
+            raise PreferenceTuningError(f"registry: version {id} is not promoted: {'; '.join(problems)}")
+        with self._lock():
+            current = self.champion()
+            if current and current.version == id:
+                return
+            if current:
+                jobs.write_text(self.folder / PREVIOUS, current.model_dump_json(indent=2) + "\n")
+            pointer = Champion(version=id, since=datetime.now(UTC))
+            jobs.write_text(self.folder / CHAMPION, pointer.model_dump_json(indent=2) + "\n")
+            _sync_directory(self.folder)
+
+    def verify(self, id: str) -> list[str]:
+        """Return what differs from the manifest of a version, a line for each file; nothing if all is as published."""
+        version, folder = self.version(id), self.path(id)
+        problems = []
+        for part, sealed in (("model", version.model_files), ("evidence", version.evidence_files)):
+            found = fingerprint.manifest(folder / part)
+            problems += [f"{part}/{name} is missing" for name in sealed if name not in found]
+            problems += [f"{part}/{name} is not part of it" for name in found if name not in sealed]
+            problems += [f"{part}/{name} was changed" for name in sealed if found.get(name, sealed[name]) != sealed[name]]
+        return problems
+
+    def _write(self, id: str, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
+        aside = self.folder / "versions" / f".writing-{uuid.uuid4().hex}"
+        shutil.copytree(model, aside / "model")
+        (aside / "model" / "README.md").write_text(card, encoding="utf-8")
+        for name, folder in evidence.items():
+            shutil.copytree(folder, aside / "evidence" / name)
+        version = Version(
+            id=id,
+            name=self.name,
+            created=datetime.now(UTC),
+            model_files=fingerprint.manifest(aside / "model"),
+            evidence_files=fingerprint.manifest(aside / "evidence"),
+            **facts,
+        )
+        (aside / MANIFEST).write_text(version.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in sorted(aside.rglob("*")):
+            _sync_directory(path) if path.is_dir() else _sync_file(path)
+        _sync_directory(aside)
+        os.rename(aside, self.path(id))
+        _sync_directory(self.folder / "versions")
+        return version
+
+    def _clear_leftovers(self) -> None:
+        for path in (self.folder / "versions").glob(".writing-*"):
+            shutil.rmtree(path)
+
+    def _check_ours(self) -> None:
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise ConfigError(f"registry.folder: {self.root} is a file, not a folder")
+        mark = self.root / MARK
+        if mark.is_file():
+            try:
+                found = json.loads(mark.read_text(encoding="utf-8"))
+            except ValueError:
+                found = None
+            if found != FORMAT:
+                raise ConfigError(f"registry.folder: {self.root} is a registry of another kind: {found!r}")
+        elif any(self.root.iterdir()):
+            raise ConfigError(
+                f"registry.folder: {self.root} holds files that are not a registry of ours (it has no {MARK}); "
+                "name an empty or a new folder"
+            )
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            (self.folder / "versions").mkdir(parents=True, exist_ok=True)
+            if not (self.root / MARK).is_file():
+                jobs.write_json(self.root / MARK, FORMAT)
+            stream = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"registry.folder: cannot write {self.root}: {error.strerror}") from None
+        with stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

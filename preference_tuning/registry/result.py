@@ -1,0 +1,210 @@
+"""A run's result on its way into the registry: the comparison with the champion, the version, the summary."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from preference_tuning import fingerprint
+from preference_tuning.config import BaseModelConfig, EvaluationConfig, RegistryConfig, RunConfig
+from preference_tuning.data.table import MANIFEST, REPORT, Dataset
+from preference_tuning.errors import PreferenceTuningError
+from preference_tuning.evaluation import gate, statistics
+from preference_tuning.evaluation import job as evaluation_job
+from preference_tuning.evaluation.gate import Rule, Verdict
+from preference_tuning.evaluation.job import BASE, Evaluation
+from preference_tuning.models.source import ModelSource
+from preference_tuning.registry import card
+from preference_tuning.registry.folder import FolderRegistry, Version
+from preference_tuning.tracking.comet import CometRun
+from preference_tuning.training.job import RECORD, TrainingRecord
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+
+
+class Result(BaseModel):
+    """What the steps before produced."""
+
+    model_config = {"arbitrary_types_allowed": True}
+
+    finetuning_type: Literal["sft", "dpo"]
+    base_model: BaseModelConfig
+    source: ModelSource
+    dataset: Dataset
+    adapter: Path
+    training: dict[str, Path]
+    """The evidence folder of each stage."""
+    evaluation: Path
+    config: RunConfig
+    comet: CometRun
+    output_dir: Path
+    run: dict[str, str]
+
+    def records(self) -> dict[str, TrainingRecord]:
+        """Return the training record of each stage."""
+        return {
+            stage: TrainingRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
+            for stage, folder in self.training.items()
+        }
+
+
+class Registered(BaseModel):
+    """What became of a result."""
+
+    version: Version
+    folder: Path
+    promoted: bool
+    verdict: Verdict
+    champion: str | None
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the dashboard shows of it."""
+        return {
+            "version": self.version.id,
+            "folder": str(self.folder),
+            "promoted": self.promoted,
+            "champion": self.champion or "none",
+            "decision": self.verdict.decision,
+            "reason": self.verdict.reason,
+        }
+
+
+def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) -> Registered:
+    """Store a result as a version, and make it champion if its evidence allows.
+
+    The evaluation's verdict is final only where there is no champion; a champion is beaten, or at least equalled
+    within the tolerance, on the same held-out pairs.
+
+    Raises:
+        PreferenceTuningError: the result is not finished or healthy, or cannot be stored.
+    """
+    registry = FolderRegistry(config)
+    evaluation = evaluation_job.load_summary(result.evaluation)
+    _check_evidence(result, evaluation)
+    verdict = evaluation.verdict
+    reigning = registry.champion()
+    candidate = fingerprint.of_value(fingerprint.manifest(result.adapter))[:16]
+    if reigning and reigning.version != candidate:
+        verdict = _against_champion(result, registry, reigning.version, verdict, rules)
+    version = registry.publish(
+        result.adapter,
+        {**result.training, "evaluation": result.evaluation, "data": _manifest_only(result)},
+        card.render(result.base_model, evaluation, verdict, result.records(), result.dataset.manifest, config.name),
+        _facts(result, evaluation, verdict),
+    )
+    if verdict.decision == "promote":
+        registry.promote(version.id)
+    now = registry.champion()
+    champion = now.version if now else None
+    return Registered(
+        version=version,
+        folder=registry.path(version.id),
+        promoted=champion == version.id,
+        verdict=verdict,
+        champion=champion,
+    )
+
+
+def _check_evidence(result: Result, evaluation: Evaluation) -> None:
+    """Refuse evidence that belongs to other data, another base model or another adapter."""
+    last = result.records()[result.finetuning_type]
+    expected = {
+        "the evaluation's data": (evaluation.data_fingerprint, result.dataset.manifest.fingerprint),
+        "the evaluation's base model": (evaluation.base_model_fingerprint, result.source.fingerprint),
+        "the training's adapter": (last.adapter_hash, fingerprint.of_directory(result.adapter)),
+    }
+    wrong = [what for what, (found, wanted) in expected.items() if found != wanted]
+    if wrong:
+        raise PreferenceTuningError(f"nothing is registered: {', '.join(wrong)} is not that of this run")
+
+
+def _against_champion(
+    result: Result, registry: FolderRegistry, champion: str, verdict: Verdict, rules: EvaluationConfig
+) -> Verdict:
+    name = f"reward accuracy minus that of the champion {champion}"
+    tolerance = rules.champion_tolerance
+    reigning = registry.version(champion)
+    if reigning.base_model["fingerprint"] != result.source.fingerprint:
+        rule = Rule(name=name, measured="it has another base model", wanted="the same base model", outcome="undecided")
+    else:
+        scores = _common_scores(result, registry, reigning, rules)
+        difference = statistics.accuracy_difference(scores, CHALLENGER, CHAMPION, BASE, rules.seed)
+        rule = gate.above(name, difference, -tolerance)
+        if difference.low == -tolerance:
+            rule = rule.model_copy(update={"outcome": "passed"})
+    combined = [*verdict.rules, rule]
+    return Verdict(decision=gate.decide(combined), candidate=verdict.candidate, rules=combined)
+
+
+def _common_scores(
+    result: Result, registry: FolderRegistry, champion: Version, rules: EvaluationConfig
+) -> dict[str, statistics.Array]:
+    """Return challenger and champion on today's held-out pairs; the champion is scored anew where it never saw them."""
+    ours = evaluation_job.load_scores(result.evaluation)
+    last = result.finetuning_type
+    scores = {
+        f"{new}/{side}": ours[f"{old}/{side}"]
+        for new, old in ((BASE, BASE), (CHALLENGER, last))
+        for side in ("chosen", "rejected")
+    }
+    stored = registry.path(champion.id) / "evidence" / "evaluation"
+    theirs, theirs_name = evaluation_job.load_scores(stored), champion.finetuning_type
+    same_data = champion.data["fingerprint"] == result.dataset.manifest.fingerprint
+    same_template = champion.metrics["template_hash"] == evaluation_job.load_summary(result.evaluation).template_hash
+    same_rows = len(theirs[f"{BASE}/chosen"]) == len(ours[f"{BASE}/chosen"])
+    if not (same_data and same_template and same_rows):
+        theirs, theirs_name = _score_anew(result, registry.path(champion.id) / "model", rules), CHAMPION
+    scores |= {f"{CHAMPION}/{side}": np.asarray(theirs[f"{theirs_name}/{side}"]) for side in ("chosen", "rejected")}
+    return scores
+
+
+def _score_anew(result: Result, adapter: Path, rules: EvaluationConfig) -> dict[str, statistics.Array]:
+    job = evaluation_job.from_artifacts(
+        result.base_model,
+        result.source,
+        result.dataset,
+        {CHAMPION: adapter},
+        rules.model_copy(update={"samples": 0}),
+        result.output_dir,
+        result.comet.model_copy(update={"config": result.comet.config.model_copy(update={"mode": "off"})}),
+        beta=1.0,
+        max_length=result.config.dpo.length(result.base_model),
+    )
+    return evaluation_job.load_scores(evaluation_job.evaluate(job).evidence)
+
+
+def _manifest_only(result: Result) -> Path:
+    """Return a folder with the data's manifest and report, without its rows."""
+    folder = result.output_dir / "jobs" / f"data-{result.dataset.manifest.fingerprint[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, REPORT):
+        shutil.copyfile(result.dataset.folder / name, folder / name)
+    return folder
+
+
+def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
+    manifest = result.dataset.manifest
+    return {
+        "finetuning_type": result.finetuning_type,
+        "base_model": {
+            "source": result.base_model.source,
+            "revision": result.base_model.revision,
+            "fingerprint": result.source.fingerprint,
+        },
+        "data": manifest.model_dump(mode="json", include={"source", "source_fingerprint", "fingerprint", "train", "held_out"}),
+        "config": result.config.model_dump(mode="json"),
+        "code": fingerprint.of_sources("preference_tuning.training", "preference_tuning.evaluation"),
+        "metrics": {
+            "pairs": evaluation.pairs,
+            "template_hash": evaluation.template_hash,
+            "beta": evaluation.beta,
+            "models": {
+                name: {key: figure.model_dump() for key, figure in figures.items()}
+                for name, figures in evaluation.models.items()
+            },
+        },
+        "verdict": verdict,
+        "run": result.run,
+    }

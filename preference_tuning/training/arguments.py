@@ -1,0 +1,94 @@
+"""The config's sections as TRL's arguments: every field arrives, and nothing is left to a default that bites."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+
+from preference_tuning.config import DPOConfig, SFTConfig, StageConfig
+from preference_tuning.errors import ConfigError
+from preference_tuning.models.loading import Base
+
+
+def sft(config: SFTConfig, base: Base, checkpoints: Path) -> trl.SFTConfig:
+    """Return the arguments of the SFT trainer."""
+    return trl.SFTConfig(
+        **_common(config, base, checkpoints), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+
+
+def dpo(config: DPOConfig, base: Base, checkpoints: Path) -> trl.DPOConfig:
+    """Return the arguments of the DPO trainer."""
+    return trl.DPOConfig(
+        **_common(config, base, checkpoints),
+        beta=config.beta,
+        loss_type=list(config.loss_type),
+        loss_weights=list(config.loss_weights) if config.loss_weights else None,
+        label_smoothing=config.label_smoothing,
+        # Rows are tokenised and cut before they reach the trainer.
+        max_length=None,
+    )
+
+
+def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any]:
+    on_cpu = base.device.type == "cpu"
+    warmup = config.warmup_steps
+    return {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": config.num_train_epochs,  # type: ignore[attr-defined]
+        "learning_rate": config.learning_rate,  # type: ignore[attr-defined]
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "optim": optimizer(config.optim, on_cpu),
+        "weight_decay": config.weight_decay,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": int(warmup) if warmup >= 1 else warmup,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": on_cpu,
+        "bf16": base.dtype == torch.bfloat16,
+        "fp16": base.dtype == torch.float16,
+        # Callbacks decide when to evaluate and save (training.callbacks.Shares); every step is logged and watched.
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": not on_cpu,
+    }
+
+
+def optimizer(wanted: str, on_cpu: bool) -> str:
+    """Return the optimizer for ``auto``: 8-bit where it saves scarce memory, fused where it is 14 times faster."""
+    if wanted == "auto":
+        return "adamw_torch_fused" if on_cpu else "adamw_8bit"
+    return wanted
+
+
+def total_steps(config: StageConfig, rows: int) -> int:
+    """Return the optimizer steps of a stage on ``rows`` rows, as transformers counts them."""
+    batches = math.ceil(rows / config.per_device_train_batch_size)
+    steps_an_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return max(1, math.ceil(config.num_train_epochs * steps_an_epoch))  # type: ignore[attr-defined]
+
+
+def check_warmup(config: StageConfig, rows: int) -> None:
+    """Refuse a warm-up that the run would never come out of: nothing would be learned at the rate asked for.
+
+    Raises:
+        ConfigError: warm-up takes all steps.
+    """
+    steps = total_steps(config, rows)
+    if config.warmup_steps >= 1 and config.warmup_steps >= steps:
+        stage = "sft" if isinstance(config, SFTConfig) else "dpo"
+        raise ConfigError(
+            f"{stage}.warmup_steps: {config.warmup_steps:.0f} steps of warm-up in a run of {steps} steps ({rows} rows): "
+            "the learning rate would never be reached. Give a share, such as 0.1"
+        )

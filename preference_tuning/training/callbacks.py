@@ -1,0 +1,190 @@
+"""What runs beside the training loop: when to evaluate and save, the metrics, the watch over its health, signals."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from preference_tuning.errors import DivergedError
+from preference_tuning.progress import bar
+from preference_tuning.tracking.comet import Comet
+from preference_tuning.tracking.spool import Point, Spool
+from preference_tuning.training import checkpoints
+
+ZERO_GRADIENTS = 10
+"""Optimizer steps with a gradient of exactly zero after which training is declared dead."""
+
+SUMMARY_METRICS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+TIMING_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
+
+
+class Shares(TrainerCallback):  # type: ignore[misc]
+    """Evaluates and saves when given shares of the optimizer steps are done, the last step included.
+
+    transformers rounds ``eval_steps=0.2`` up to a whole number of steps and then misses the end; this does it five times.
+    """
+
+    def __init__(self, eval_share: float, save_share: float) -> None:
+        self._eval, self._save = eval_share, save_share
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step in steps_of_share(self._eval, state.max_steps):
+            control.should_evaluate = True
+        if state.global_step in steps_of_share(self._save, state.max_steps):
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+def steps_of_share(share: float, total: int) -> set[int]:
+    """Return the steps at which each full ``share`` of ``total`` steps is done; always the last one."""
+    times = max(1, round(1 / share))
+    return {max(1, round(total * i / times)) for i in range(1, times + 1)}
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Writes every metric to the spool and to Comet under ``stage/train/...`` and ``stage/eval/...``."""
+
+    def __init__(self, stage: str, spool: Spool, comet: Comet, every: int) -> None:
+        self._stage, self._spool, self._comet, self._every = stage, spool, comet, every
+        self.last_evaluation: dict[str, float] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        if "train_runtime" in logs:
+            return  # transformers' own summary, wrong after a resume
+        evaluation = {k.removeprefix("eval_"): float(v) for k, v in logs.items() if _is_evaluation(k)}
+        training = {k: float(v) for k, v in logs.items() if not k.startswith("eval_") and k not in TIMING_METRICS}
+        if evaluation:
+            self.last_evaluation = evaluation
+            self._send(state, {f"{self._stage}/eval/{k}": v for k, v in evaluation.items()})
+        elif training and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
+            self._send(state, {f"{self._stage}/train/{k}": v for k, v in training.items()})
+
+    def _send(self, state: TrainerState, metrics: dict[str, float]) -> None:
+        epoch = round(state.epoch, 4) if state.epoch is not None else None
+        point = Point(step=state.global_step, epoch=epoch, metrics=metrics)
+        self._spool.append(point)
+        self._comet.log(point)
+
+
+def _is_evaluation(name: str) -> bool:
+    return name.startswith("eval_") and name not in TIMING_METRICS
+
+
+class Health(TrainerCallback):  # type: ignore[misc]
+    """Stops training in the step in which its numbers stop being numbers, or when its gradient has died."""
+
+    def __init__(self) -> None:
+        self._zero_gradients = 0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if name in logs and not math.isfinite(float(logs[name])):
+                raise DivergedError(
+                    f"{name} is {float(logs[name])} at step {state.global_step}: training diverged and is stopped; "
+                    "nothing of it is kept. Likely causes: learning_rate too high, warmup_steps too short, or damaged rows"
+                )
+        if "grad_norm" in logs:
+            self._zero_gradients = self._zero_gradients + 1 if float(logs["grad_norm"]) == 0.0 else 0
+        if self._zero_gradients >= ZERO_GRADIENTS:
+            raise DivergedError(
+                f"the gradient has been exactly 0 for {ZERO_GRADIENTS} steps (step {state.global_step}): nothing is learned. "
+                "Likely causes: identical answers, a saturated loss (beta or learning_rate too high)"
+            )
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar with the step, the loss and, in DPO, the reward accuracy."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar = bar(self._stage.upper(), state.max_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            shown = {"loss": f"{float(logs['loss']):.3f}"}
+            if "rewards/accuracies" in logs:
+                shown["accuracy"] = f"{float(logs['rewards/accuracies']):.2f}"
+            self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Stop(TrainerCallback):  # type: ignore[misc]
+    """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, _number: int, _frame: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Counts the seconds of training over all legs of an interrupted job; the count travels in the checkpoint."""
+
+    FILE = "seconds.txt"
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage first began, pauses left out."""
+        return self._before + time.monotonic() - self._start
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        (folder / self.FILE).write_text(f"{self.seconds:.3f}", encoding="utf-8")
+
+    @classmethod
+    def resumed(cls, checkpoint: Path | None) -> "Clock":
+        """Return a clock that goes on from a checkpoint."""
+        path = checkpoint / cls.FILE if checkpoint else None
+        return cls(float(path.read_text(encoding="utf-8")) if path and path.is_file() else 0.0)

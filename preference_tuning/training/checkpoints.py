@@ -1,0 +1,44 @@
+"""Checkpoints that can be trusted: sealed with a manifest of hashes, and only verified ones are resumed from."""
+
+import json
+from pathlib import Path
+
+from preference_tuning import fingerprint, jobs
+
+SEAL = "MANIFEST.json"
+NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of a complete checkpoint; a folder without one is never resumed from."""
+    jobs.write_json(checkpoint / SEAL, fingerprint.manifest(checkpoint, skip=[SEAL]))
+
+
+def problem(checkpoint: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, or None if every byte is as it was sealed."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it was not finished (no readable manifest)"
+    if missing := [name for name in NEEDED if name not in sealed]:
+        return f"it has no {', no '.join(missing)}"
+    found = fingerprint.manifest(checkpoint, skip=[SEAL])
+    changed = sorted(name for name in sealed if found.get(name) != sealed[name])
+    return f"changed since it was written: {', '.join(changed)}" if changed else None
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies, and a line for each newer one that does not."""
+    rejected: list[str] = []
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        reason = problem(checkpoint)
+        if reason is None:
+            return checkpoint, rejected
+        rejected.append(f"{checkpoint.name}: {reason}")
+    return None, rejected
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step in a checkpoint's name."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1

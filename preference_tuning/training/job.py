@@ -1,0 +1,158 @@
+"""What a training job is, and how a step starts one."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from preference_tuning import fingerprint, jobs
+from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig
+from preference_tuning.data.table import Dataset
+from preference_tuning.models.source import ModelSource
+from preference_tuning.tracking.comet import CometRun
+
+MODULE = "preference_tuning.training"
+RECORD, METRICS, REPORT = "record.json", "metrics.jsonl", "report.html"
+
+
+class TrainingJob(BaseModel):
+    """Everything that a stage's result depends on, and where it goes."""
+
+    stage: Literal["sft", "dpo"]
+    base_model: BaseModelConfig
+    source: ModelSource
+    lora: LoraConfig | None = None
+    """The fresh adapter of SFT; DPO continues the one it is given."""
+    sft: SFTConfig | None = None
+    dpo: DPOConfig | None = None
+    data: Path
+    data_fingerprint: str
+    adapter: Path | None = None
+    adapter_hash: str | None = None
+    output_dir: Path
+    comet: CometRun
+
+    @property
+    def settings(self) -> SFTConfig | DPOConfig:
+        """The section of the stage."""
+        settings = self.sft if self.stage == "sft" else self.dpo
+        assert settings is not None
+        return settings
+
+    @property
+    def max_length(self) -> int:
+        """The longest row, in tokens."""
+        return self.dpo.length(self.base_model) if self.dpo else self.base_model.max_seq_length
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two jobs the same work: content and settings, never places or times."""
+        kept = self.model_dump(mode="json", include={"stage", "base_model", "lora", "sft", "dpo", "data_fingerprint"})
+        return {
+            **kept,
+            "base_model_fingerprint": self.source.fingerprint,
+            "adapter_hash": self.adapter_hash,
+            "code": fingerprint.of_sources(MODULE),
+        }
+
+
+class ReferenceProof(BaseModel):
+    """That the DPO reference is the SFT policy, measured before the first update."""
+
+    sft_adapter_hash: str
+    data_fingerprint: str
+    template_hash: str
+    pairs: int
+    loss: float
+    """Of the untrained policy; ln 2 with the sigmoid loss."""
+    expected_loss: float | None
+    largest_difference: float
+    """Largest difference of an answer's log-probability from the reference, in nats, over the pairs checked."""
+    tolerance: float
+    """Nats; follows from the precision of the matrix products."""
+
+
+class TrainingRecord(BaseModel):
+    """What a finished stage did."""
+
+    stage: Literal["sft", "dpo"]
+    job: str
+    identity: dict[str, Any]
+    adapter_hash: str
+    steps: int
+    epochs: float
+    seconds: float
+    rows: int
+    held_out_rows: int
+    dropped_rows: int
+    """Rows whose prompt leaves no room for an answer."""
+    cut_rows: int
+    """Rows with an answer cut by the length limit."""
+    tokens: int
+    """Tokens that went through the model in training, padding left out."""
+    train_loss: float
+    """Mean over the last tenth of the steps."""
+    metrics: dict[str, float]
+    """The last evaluation on the held-out rows."""
+    trainable_parameters: int
+    device: str
+    dtype: str
+    engine: str
+    engine_reason: str
+    backend: str
+    template_hash: str
+    resumed_at: list[int]
+    reference: ReferenceProof | None = None
+    versions: dict[str, str]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the dashboard shows of it: figures, settings, hashes, durations."""
+        facts = self.model_dump(mode="json", exclude={"identity", "metrics", "reference", "versions", "resumed_at"})
+        metrics = {f"held_out/{name}": value for name, value in self.metrics.items()}
+        settings = {f"settings/{name}": str(value) for name, value in (self.identity.get(self.stage) or {}).items()}
+        proof = {f"reference/{k}": v for k, v in self.reference.model_dump().items()} if self.reference else {}
+        return {name: value for name, value in {**facts, **metrics, **settings, **proof}.items() if value is not None}
+
+
+class Trained(BaseModel):
+    """A finished stage: its record, and the folders of the adapter and of the record, metrics and report."""
+
+    record: TrainingRecord
+    adapter: Path
+    evidence: Path
+
+
+def train(job: TrainingJob) -> Trained:
+    """Run a training job to its end, continuing an unfinished one, and return what it made.
+
+    Raises:
+        DivergedError: a loss, gradient, weight or the reference check is outside what is healthy.
+        InterruptedJobError: a signal stopped it after a checkpoint.
+        PreferenceTuningError: it failed otherwise.
+    """
+    folder = job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}"
+    return jobs.run(MODULE, folder.absolute(), job, Trained)
+
+
+def from_artifacts(
+    stage: Literal["sft", "dpo"],
+    base_model: BaseModelConfig,
+    source: ModelSource,
+    dataset: Dataset,
+    output_dir: Path,
+    comet: CometRun,
+    **settings: Any,
+) -> TrainingJob:
+    """Build the job of a stage from what the earlier steps left."""
+    adapter = settings.pop("adapter", None)
+    return TrainingJob(
+        stage=stage,
+        base_model=base_model,
+        source=source,
+        data=dataset.folder.absolute(),
+        data_fingerprint=dataset.manifest.fingerprint,
+        adapter=adapter and adapter.absolute(),
+        adapter_hash=fingerprint.of_directory(adapter) if adapter else None,
+        output_dir=output_dir.absolute(),
+        comet=comet,
+        **settings,
+    )

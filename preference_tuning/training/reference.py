@@ -1,0 +1,105 @@
+"""The DPO reference: the SFT policy's own log-probabilities, taken before the first update, and the proof of it."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from preference_tuning.errors import DivergedError
+from preference_tuning.models import scoring
+from preference_tuning.progress import bar
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""Nats by which a summed log-probability may differ between two batches that hold the same pair.
+
+In 16 bits a product may depend on the shape of its batch; over an answer of a hundred tokens that adds up to tenths
+of a nat. A wrong reference (base model, other adapter, other template) is off by tens.
+"""
+
+CHECKED_BATCHES = 1
+
+
+def add_reference(
+    rows: datasets.Dataset,
+    path: Path,
+    key: str,
+    model: Any,
+    title: str,
+    batch_size: int,
+    only: Sequence[int] | None = None,
+    **how: Any,
+) -> datasets.Dataset:
+    """Return the rows with the columns ``ref_chosen_logps`` and ``ref_rejected_logps`` of the model as it is now.
+
+    The values are kept in ``path`` under ``key``, so a resumed job reads what the untrained policy gave. Rows outside
+    ``only`` (training of less than an epoch never reaches them) get NaN, which would stop training if it did.
+    """
+    values = _stored(path, key)
+    if values is None:
+        model.eval()
+        wanted = sorted(range(len(rows)) if only is None else only)
+        values = torch.full((len(rows), 2), math.nan)
+        with bar(title, len(wanted)) as progress:
+            for numbers, logps in scoring.pair_logps(model, rows.select(wanted), batch_size=batch_size, **how):
+                values[[wanted[i] for i in numbers]] = logps
+                progress.update(len(numbers))
+        aside = path.with_suffix(".tmp")
+        save_file({"logps": values}, aside, metadata={"key": key})
+        aside.replace(path)
+    rows = rows.add_column("ref_chosen_logps", values[:, 0].tolist())
+    return rows.add_column("ref_rejected_logps", values[:, 1].tolist())
+
+
+def _stored(path: Path, key: str) -> Tensor | None:
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as stored:
+        values: Tensor = stored.get_tensor("logps")
+        return values if (stored.metadata() or {}).get("key") == key else None
+
+
+def measure(trainer: Any, **how: Any) -> tuple[float, float, int]:
+    """Return ``(loss, largest difference in nats, pairs)`` of the untrained policy on the first training batches.
+
+    The loss is the trainer's own; the difference is between a pair's log-probability now and its reference column.
+    """
+    rows, size = trainer.train_dataset, trainer.args.train_batch_size
+    first = list(itertools.islice(trainer._get_train_sampler(), size * CHECKED_BATCHES))
+    trainer.model.eval()
+    losses, largest = [], 0.0
+    for start in range(0, len(first), size):
+        examples = [rows[i] for i in first[start : start + size]]
+        inputs = trainer._prepare_inputs(trainer.data_collator(examples))
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            losses.append(trainer.compute_loss(trainer.model, inputs).item())
+        for numbers, logps in scoring.pair_logps(trainer.model, examples, batch_size=size, **how):
+            stored = [[examples[i]["ref_chosen_logps"], examples[i]["ref_rejected_logps"]] for i in numbers]
+            largest = max(largest, (logps - torch.tensor(stored)).abs().max().item())
+    trainer._metrics["eval"].clear()
+    trainer.model.train()
+    return sum(losses) / len(losses), largest, len(first)
+
+
+def check(loss: float, difference: float, beta: float, loss_types: Sequence[str], tolerance: float) -> float | None:
+    """Return the loss expected of an untrained policy, ln 2, or None for losses without that value.
+
+    Raises:
+        DivergedError: the policy differs from its reference before the first update.
+    """
+    expected = math.log(2) if tuple(loss_types) == ("sigmoid",) else None
+    off = expected is not None and not abs(loss - expected) <= beta * tolerance
+    if off or not difference <= tolerance:
+        raise DivergedError(
+            f"the DPO reference is not the SFT policy: before the first update the loss is {loss:.6f}"
+            + (f" instead of ln 2 = {expected:.6f}" if expected is not None else "")
+            + f" and log-probabilities differ by up to {difference:.4g} nats (allowed: {tolerance:.4g}). "
+            "The adapter, the data or the chat template changed between SFT and DPO; start the run anew"
+        )
+    return expected

@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""The command line: `train CONFIG`, `check CONFIG`, `dashboard [RUN]`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Before anything imports them: no telemetry, and only what matters on the screen.
+os.environ.setdefault("ZENML_ANALYTICS_OPT_IN", "false")
+os.environ.setdefault("ZENML_LOGGING_VERBOSITY", "WARN")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Parse the command and hand over; heavy imports come only after the config is known to be good."""
+    options = _parser().parse_args()
+    from preference_tuning.errors import PreferenceTuningError
+
+    try:
+        options.command(options)
+    except PreferenceTuningError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(75)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="Preference tuning: SFT, DPO, evaluation and registry as one ZenML pipeline.",
+        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 75 interrupted (the same command continues), 1 other.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("train", train, "run the pipeline"),
+        ("check", check, "check the config, the data and the model without training"),
+    ):
+        verb = commands.add_parser(name, help=text, description=text)
+        verb.add_argument("config", type=Path, metavar="CONFIG", help="a run config, such as configs/quickstart.yaml")
+        verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as dpo.beta=0.1")
+        if name == "train":
+            verb.add_argument("--no-cache", action="store_true", help="run every step, whatever is cached")
+        verb.set_defaults(command=command)
+    verb = commands.add_parser("dashboard", help="open ZenML's dashboard on a run", description="Start ZenML's dashboard.")
+    verb.add_argument("run", nargs="?", metavar="RUN", help="name or id of a run; the last one without it")
+    verb.add_argument("--port", type=int, default=8237)
+    verb.set_defaults(command=dashboard)
+    return parser
+
+
+def train(options: argparse.Namespace) -> None:
+    """Check everything, then run the pipeline."""
+    document = _checked(options)
+    import tempfile
+
+    import yaml
+
+    from pipelines.training import training
+
+    with tempfile.TemporaryDirectory() as folder:
+        # ZenML reads a file: the config with its overrides.
+        resolved = Path(folder) / options.config.name
+        resolved.write_text(yaml.safe_dump(document), encoding="utf-8")
+        run = training.with_options(
+            config_path=str(resolved), enable_cache=False if options.no_cache else None
+        )
+        run()
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check everything and say what was found."""
+    _checked(options, say=True)
+
+
+def _checked(options: argparse.Namespace, say: bool = False) -> dict[str, object]:
+    from preference_tuning import config
+
+    run = config.load(options.config, options.set)
+    from preference_tuning import preflight
+
+    findings = preflight.check(run.config)
+    if say:
+        print(findings)
+    return run.document
+
+
+def dashboard(options: argparse.Namespace) -> None:
+    """Start the local ZenML server and print where the run is shown."""
+    from pipelines.dashboard import open_run
+
+    open_run(options.run, options.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What a step knows of the run it is part of. Read from the run, not passed as parameters: it is no part of a cache key."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zenml import get_step_context
+
+from preference_tuning.config import RunConfig
+from preference_tuning.tracking.comet import CometRun
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run of the step that asks."""
+
+    id: str
+    name: str
+    config: RunConfig
+
+    @property
+    def output_dir(self) -> Path:
+        """Where jobs, models and archives go."""
+        return Path(self.config.output_dir)
+
+    @property
+    def comet(self) -> CometRun:
+        """The one experiment of the run; its key is the id of the ZenML run."""
+        folder = (self.output_dir / "comet" / self.id).absolute()
+        return CometRun(config=self.config.tracking, experiment_key=self.id, folder=folder)
+
+
+def current_run() -> Run:
+    """Return the run of the current step."""
+    run = get_step_context().pipeline_run
+    return Run(id=run.id.hex, name=run.name, config=RunConfig.model_validate(run.config.parameters))

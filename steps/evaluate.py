@@ -1,0 +1,46 @@
+"""Evaluation: base, SFT and DPO on the same held-out pairs, and the verdict."""
+
+from pathlib import Path
+from typing import Annotated
+
+from zenml import log_metadata, step
+from zenml.types import HTMLString
+
+from preference_tuning.config import BaseModelConfig, EvaluationConfig
+from preference_tuning.data.table import Dataset
+from preference_tuning.evaluation import job
+from preference_tuning.models.source import locate
+from steps.artifacts import DirectoryMaterializer
+from steps.context import current_run
+
+
+@step(output_materializers={"evaluation": DirectoryMaterializer})
+def evaluate(
+    dataset: Path,
+    sft_adapter: Path,
+    base_model: BaseModelConfig,
+    base_model_fingerprint: str,
+    evaluation: EvaluationConfig,
+    beta: float,
+    max_length: int,
+    dpo_adapter: Path | None = None,
+) -> tuple[Annotated[Path, "evaluation"], Annotated[HTMLString, "evaluation_report"]]:
+    """Score every model on the held-out pairs, in a process of its own."""
+    run = current_run()
+    source = locate(base_model, expected=base_model_fingerprint)
+    adapters = {"sft": sft_adapter} | ({"dpo": dpo_adapter} if dpo_adapter else {})
+    work = job.from_artifacts(
+        base_model,
+        source,
+        Dataset(dataset),
+        adapters,
+        evaluation,
+        run.output_dir,
+        run.comet,
+        beta=beta,
+        max_length=max_length,
+    )
+    evaluated = job.evaluate(work)
+    log_metadata(evaluated.evaluation.metadata())
+    report = (evaluated.evidence / job.REPORT).read_text(encoding="utf-8")
+    return evaluated.evidence, HTMLString(report)

@@ -1,0 +1,54 @@
+"""Registration: every result becomes a version; only one with evidence becomes champion.
+
+Never cached: it is idempotent and quick, and what it changes lies outside the artifact store.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from zenml import get_step_context, log_metadata, step
+from zenml.enums import ModelStages
+
+from preference_tuning.config import BaseModelConfig, EvaluationConfig, RegistryConfig
+from preference_tuning.data.table import Dataset
+from preference_tuning.models.source import locate
+from preference_tuning.registry import result, summary
+from steps.context import current_run
+
+
+@step(enable_cache=False)
+def register(
+    dataset: Path,
+    sft_adapter: Path,
+    sft_evidence: Path,
+    evaluation: Path,
+    base_model: BaseModelConfig,
+    base_model_fingerprint: str,
+    registry: RegistryConfig,
+    rules: EvaluationConfig,
+    dpo_adapter: Path | None = None,
+    dpo_evidence: Path | None = None,
+) -> Annotated[str, "version"]:
+    """Store the run's result, decide on promotion, and print the summary."""
+    run = current_run()
+    outcome = result.Result(
+        finetuning_type=run.config.finetuning_type,
+        base_model=base_model,
+        source=locate(base_model, expected=base_model_fingerprint),
+        dataset=Dataset(dataset),
+        adapter=dpo_adapter or sft_adapter,
+        training={"sft": sft_evidence} | ({"dpo": dpo_evidence} if dpo_evidence else {}),
+        evaluation=evaluation,
+        config=run.config,
+        comet=run.comet,
+        output_dir=run.output_dir.absolute(),
+        run={"zenml_run": run.name, "zenml_run_id": run.id, "comet_experiment": run.comet.experiment_key},
+    )
+    registered = result.register(outcome, registry, rules)
+    log_metadata(registered.metadata())
+    if get_step_context().pipeline_run.config.model:
+        log_metadata(registered.metadata(), infer_model=True)
+        if registered.promoted:
+            get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
+    print(summary.render(outcome, registered))
+    return registered.version.id
