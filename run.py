@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py",
         description="Preference tuning: SFT, DPO, evaluation and registry as one ZenML pipeline.",
-        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 75 interrupted (the same command continues), 1 other.",
+        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 75 interrupted (run it again to continue), 1 other.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             verb.add_argument("--no-cache", action="store_true", help="run every step, whatever is cached")
         verb.set_defaults(command=command)
-    verb = commands.add_parser("dashboard", help="open ZenML's dashboard on a run", description="Start ZenML's dashboard.")
+    verb = commands.add_parser(
+        "dashboard", help="open ZenML's dashboard on a run", description="Start ZenML's dashboard."
+    )
     verb.add_argument("run", nargs="?", metavar="RUN", help="name or id of a run; the last one without it")
     verb.add_argument("--port", type=int, default=8237)
     verb.set_defaults(command=dashboard)
@@ -65,9 +67,7 @@ def train(options: argparse.Namespace) -> None:
         # ZenML reads a file: the config with its overrides.
         resolved = Path(folder) / options.config.name
         resolved.write_text(yaml.safe_dump(document), encoding="utf-8")
-        run = training.with_options(
-            config_path=str(resolved), enable_cache=False if options.no_cache else None
-        )
+        run = training.with_options(config_path=str(resolved), enable_cache=False if options.no_cache else None)
         run()
 
 

@@ -4,6 +4,7 @@ Wiring and cache policy, nothing else. It starts with `python run.py train CONFI
 `zenml pipeline run pipelines.training.training -c CONFIG`; both check the whole config first.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zenml.config import CachePolicy
+from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
 from preference_tuning import fingerprint
@@ -26,7 +28,7 @@ from preference_tuning.config import (
     load,
 )
 from preference_tuning.data import sources
-from preference_tuning.errors import PreferenceTuningError, find
+from preference_tuning.errors import find
 from preference_tuning.models.source import locate
 from steps.evaluate import evaluate
 from steps.load_preferences import load_preferences
@@ -55,7 +57,7 @@ def _training(
 ) -> None:
     """Tune a base model on preference pairs; each parameter is a section of the run config."""
     # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
-    model = {"base_model": base_model, "base_model_fingerprint": locate(base_model).fingerprint}
+    model: dict[str, Any] = {"base_model": base_model, "base_model_fingerprint": locate(base_model).fingerprint}
 
     dataset, _ = load_preferences.with_options(cache_policy=covering("preference_tuning.data"))(
         data=data, source_fingerprint=sources.fingerprint_of(data)
@@ -94,12 +96,12 @@ def _training(
 class CheckedPipeline(Pipeline):
     """A pipeline that reads its config with our loader first: ZenML ignores many unknown keys without a word."""
 
-    def with_options(self, *args: Any, config_path: str | None = None, **kwargs: Any) -> Pipeline:
+    def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
         """Check the config, then let ZenML apply it."""
         with told():
-            if config_path:
+            if config_path := kwargs.get("config_path"):
                 load(Path(config_path))
-            return super().with_options(*args, config_path=config_path, **kwargs)
+            return super().with_options(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
@@ -107,9 +109,18 @@ class CheckedPipeline(Pipeline):
             return super().__call__(*args, **kwargs)
 
 
+class _Unexplained(logging.Filter):
+    """Keeps ZenML from printing the traceback of a failure that is told in one message."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and find(record.exc_info[1]))
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """Turn our errors into a message and their exit code."""
+    for handler in (*logging.getLogger().handlers, *logging.getLogger("zenml").handlers):
+        handler.addFilter(_Unexplained())
     try:
         yield
     except Exception as error:
@@ -120,4 +131,5 @@ def told() -> Iterator[None]:
         raise SystemExit(known.exit_code) from None
 
 
-training = CheckedPipeline(name="training", entrypoint=_training)
+# FAIL_FAST hands on what a step raised; ZenML's default hides it behind "failure in step(s)".
+training = CheckedPipeline(name="training", entrypoint=_training, execution_mode=ExecutionMode.FAIL_FAST)

@@ -27,13 +27,15 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
 
     where = f"{repo_type} {repo_id!r}"
     try:
-        sha = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type, timeout=10).sha
+        sha: str | None = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type, timeout=10).sha
     except GatedRepoError:
         raise ConfigError(f"{where} is gated: accept its licence on the hub and set HF_TOKEN") from None
     except RevisionNotFoundError:
         raise ConfigError(f"{where} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
-        raise ConfigError(f"no {where} on the hub (or it is private and HF_TOKEN is not set), and no such path") from None
+        raise ConfigError(
+            f"no {where} on the hub (or it is private and HF_TOKEN is not set), and no such path"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint
 from preference_tuning.errors import BY_EXIT_CODE, PreferenceTuningError
 
-JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "job.log"
+JOB, RESULT, ERROR, LOG, LOCK = "job.json", "result.json", "error.json", "job.log", ".lock"
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -39,8 +40,15 @@ Job = TypeVar("Job", bound=BaseModel)
 Result = TypeVar("Result", bound=BaseModel)
 
 
-def run(module: str, folder: Path, job: BaseModel, result: type[Result]) -> Result:
+def run(module: str, folder: Path, job: BaseModel, result: type[Result], again: bool = False) -> Result:
     """Run ``python -m module folder`` on ``job`` and return its result; at once if this job is already finished.
+
+    Args:
+        module: the child's entry point, which calls ``main``.
+        folder: of the job, named by the hash of its identity.
+        job: what the child reads.
+        result: what it writes.
+        again: do finished work anew.
 
     Raises:
         PreferenceTuningError: of the kind that the job failed with, or of the base kind if it died.
@@ -48,6 +56,8 @@ def run(module: str, folder: Path, job: BaseModel, result: type[Result]) -> Resu
     _make(folder)
     with _lock(folder):
         finished = folder / RESULT
+        if again and finished.is_file():
+            _clear(folder)
         if not finished.is_file():
             write_json(folder / JOB, job.model_dump(mode="json"))
             (folder / ERROR).unlink(missing_ok=True)
@@ -64,13 +74,23 @@ def _make(folder: Path) -> None:
         raise PreferenceTuningError(f"output_dir: cannot write {folder.absolute()}: {error.strerror}") from None
 
 
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as stream:
+    with (folder / LOCK).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise PreferenceTuningError(f"the same job is already running in {folder}; wait for it, or stop it") from None
+            raise PreferenceTuningError(
+                f"the same job is already running in {folder}; wait for it, or stop it"
+            ) from None
         yield
 
 
@@ -127,5 +147,6 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, path)
+    aside = Path(stream.name)
+    aside.chmod(0o644)
+    aside.replace(path)

@@ -107,10 +107,12 @@ def line_chart(title: str, lines: Mapping[str, Series], x_label: str = "step", l
     parts = [plot.grid(x_ticks, y_ticks, x_label)]
     if level is not None:
         y = plot.y(level)
-        parts.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y}' y2='{y}' stroke='#9aa5b1' stroke-dasharray='4 3'/>")
+        parts.append(
+            f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y}' y2='{y}' stroke='#9aa5b1' stroke-dasharray='4 3'/>"
+        )
     for colour, line in zip(_colours(), shown.values(), strict=False):
-        points = " ".join(f"{plot.x(x)},{plot.y(y)}" for x, y in line)
-        parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.8'/>")
+        path = " ".join(f"{plot.x(x)},{plot.y(y)}" for x, y in line)
+        parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='1.8'/>")
         if len(line) <= 12:
             parts += [f"<circle cx='{plot.x(x)}' cy='{plot.y(y)}' r='2.6' fill='{colour}'/>" for x, y in line]
     return _figure(title, "".join(parts), list(shown))

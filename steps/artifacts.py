@@ -1,6 +1,6 @@
 """Artifacts are directories, copied plainly and identified by their content."""
 
-import os
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,17 +23,17 @@ class DirectoryMaterializer(BaseMaterializer):
 
     def load(self, data_type: type[Any]) -> Path:
         """Return the directory: where it lies in a local store (to be read only), else a copy."""
-        stored = os.path.join(self.uri, self.FOLDER)
+        stored = f"{self.uri}/{self.FOLDER}"  # may be the address of an object store
         if self.artifact_store.config.is_local:
             return Path(stored)
-        copy = self.get_temporary_directory(delete_at_exit=True)
+        copy = tempfile.mkdtemp(prefix="artifact-")
         io_utils.copy_dir(stored, copy, overwrite=True)
         return Path(copy)
 
     def save(self, data: Path) -> None:
         """Copy the directory into the store."""
         fileio.makedirs(self.uri)
-        io_utils.copy_dir(str(data), os.path.join(self.uri, self.FOLDER), overwrite=True)
+        io_utils.copy_dir(str(data), f"{self.uri}/{self.FOLDER}", overwrite=True)
 
     def compute_content_hash(self, data: Path) -> str:
         """Return the hash that the step cache compares."""

@@ -1,4 +1,7 @@
-"""What a step knows of the run it is part of. Read from the run, not passed as parameters: it is no part of a cache key."""
+"""What a step knows of the run it is part of.
+
+Read from the run and not passed as parameters, so that it is no part of a cache key.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ class Run:
     id: str
     name: str
     config: RunConfig
+    fresh: bool
+    """Whether finished work is to be done anew (`--no-cache`)."""
 
     @property
     def output_dir(self) -> Path:
@@ -32,4 +37,9 @@ class Run:
 def current_run() -> Run:
     """Return the run of the current step."""
     run = get_step_context().pipeline_run
-    return Run(id=run.id.hex, name=run.name, config=RunConfig.model_validate(run.config.parameters))
+    return Run(
+        id=run.id.hex,
+        name=run.name,
+        config=RunConfig.model_validate(run.config.parameters),
+        fresh=run.config.enable_cache is False,
+    )

@@ -40,7 +40,7 @@ def evaluate(
         beta=beta,
         max_length=max_length,
     )
-    evaluated = job.evaluate(work)
+    evaluated = job.evaluate(work, again=run.fresh)
     log_metadata(evaluated.evaluation.metadata())
     report = (evaluated.evidence / job.REPORT).read_text(encoding="utf-8")
     return evaluated.evidence, HTMLString(report)

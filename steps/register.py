@@ -47,7 +47,7 @@ def register(
     registered = result.register(outcome, registry, rules)
     log_metadata(registered.metadata())
     if get_step_context().pipeline_run.config.model:
-        log_metadata(registered.metadata(), infer_model=True)
+        log_metadata(metadata=registered.metadata(), infer_model=True)
         if registered.promoted:
             get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
     print(summary.render(outcome, registered))

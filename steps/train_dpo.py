@@ -17,16 +17,14 @@ from steps.context import current_run
 @step(output_materializers={"dpo_adapter": DirectoryMaterializer, "dpo_evidence": DirectoryMaterializer})
 def train_dpo(
     dataset: Path, sft_adapter: Path, base_model: BaseModelConfig, base_model_fingerprint: str, dpo: DPOConfig
-) -> tuple[
-    Annotated[Path, "dpo_adapter"], Annotated[Path, "dpo_evidence"], Annotated[HTMLString, "dpo_report"]
-]:
+) -> tuple[Annotated[Path, "dpo_adapter"], Annotated[Path, "dpo_evidence"], Annotated[HTMLString, "dpo_report"]]:
     """Continue the SFT adapter on the pairs, in a process of its own."""
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(
         "dpo", base_model, source, Dataset(dataset), run.output_dir, run.comet, dpo=dpo, adapter=sft_adapter
     )
-    trained = job.train(work)
+    trained = job.train(work, again=run.fresh)
     log_metadata(trained.record.summary())
     report = (trained.evidence / job.REPORT).read_text(encoding="utf-8")
     return trained.adapter, trained.evidence, HTMLString(report)

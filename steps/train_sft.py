@@ -17,16 +17,14 @@ from steps.context import current_run
 @step(output_materializers={"sft_adapter": DirectoryMaterializer, "sft_evidence": DirectoryMaterializer})
 def train_sft(
     dataset: Path, base_model: BaseModelConfig, base_model_fingerprint: str, lora: LoraConfig, sft: SFTConfig
-) -> tuple[
-    Annotated[Path, "sft_adapter"], Annotated[Path, "sft_evidence"], Annotated[HTMLString, "sft_report"]
-]:
+) -> tuple[Annotated[Path, "sft_adapter"], Annotated[Path, "sft_evidence"], Annotated[HTMLString, "sft_report"]]:
     """Train a fresh adapter on the chosen answers, in a process of its own."""
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(
         "sft", base_model, source, Dataset(dataset), run.output_dir, run.comet, lora=lora, sft=sft
     )
-    trained = job.train(work)
+    trained = job.train(work, again=run.fresh)
     log_metadata(trained.record.summary())
     report = (trained.evidence / job.REPORT).read_text(encoding="utf-8")
     return trained.adapter, trained.evidence, HTMLString(report)

@@ -4,6 +4,7 @@ ZenML ignores unknown keys at several levels without a word; nothing here does.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ _Loader.yaml_implicit_resolvers = {
     key: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool",)]
     for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"]
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), [*"-+.0123456789"]
 )
@@ -286,17 +289,19 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def _without(parameters: dict[str, Any], paths: list[KeyPath]) -> dict[str, Any]:
-    result = _copy(parameters)
+    result: dict[str, Any] = _copy(parameters)
     for path in paths:
-        parent: Any = result
-        for key in path[:-1]:
-            parent = parent[key] if isinstance(parent, list) else parent.setdefault(key, {})
-        if not path or not isinstance(parent, dict):
-            continue
-        if path[-1] == "source" or (path in (("base_model",), ("data",))):
-            parent[path[-1]] = "missing" if path[-1] == "source" else {"source": "missing"}
-        else:
-            parent.pop(path[-1], None)
+        # A wrong item takes its whole list with it.
+        names = list(itertools.takewhile(lambda key: isinstance(key, str), path))
+        if names in (["base_model"], ["data"]):
+            result[str(names[0])] = {"source": "missing"}
+        elif names:
+            parent: Any = result
+            for key in names[:-1]:
+                parent = parent[key]
+            parent.pop(names[-1], None)
+            if names[-1] == "source":
+                parent["source"] = "missing"
     return result
 
 
@@ -318,8 +323,9 @@ def _check_zenml_part(document: _Document) -> None:
     _check_keys(document, ("steps",), STEPS)
     if isinstance(values.get("model"), dict) and not values["model"].get("name"):
         document.problem(("model",), "needs a name")
-    steps = values.get("steps")
-    for step in steps if isinstance(steps, dict) else ():
+    given = values.get("steps")
+    steps: dict[str, Any] = given if isinstance(given, dict) else {}
+    for step in steps:
         _check_keys(document, ("steps", step), ZENML_STEP_KEYS)
         if isinstance(steps[step], dict) and "parameters" in steps[step]:
             document.problem(("steps", step, "parameters"), "set the section under the top-level parameters instead")

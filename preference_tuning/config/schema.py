@@ -65,8 +65,9 @@ class LoraConfig(Section):
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[Text, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
     )  # fmt: skip
+    """Kept sorted: equal sets are equal settings."""
 
     @field_validator("target_modules")
     @classmethod
@@ -104,8 +105,10 @@ class DataConfig(Section):
 
 
 class StageConfig(Section):
-    """What SFT and DPO have in common."""
+    """What SFT and DPO have in common; they differ in the defaults of the first two."""
 
+    num_train_epochs: float = Field(gt=0, le=1000)
+    learning_rate: float = Field(gt=0, lt=1)
     per_device_train_batch_size: int = Field(2, ge=1)
     gradient_accumulation_steps: int = Field(8, ge=1)
     per_device_eval_batch_size: int = Field(8, ge=1)

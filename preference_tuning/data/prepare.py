@@ -20,7 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 Messages = list[dict[str, str]]
 
 
-class _Bad(ValueError):
+class _RowError(ValueError):
     """A row that cannot be used; the message says why."""
 
 
@@ -150,7 +150,7 @@ def _pairs(config: DataConfig, commit: str | None) -> Iterator[dict[str, Any]]:
         total += 1
         try:
             pair = _canonical(config, number, row)
-        except _Bad as bad:
+        except _RowError as bad:
             problems.append(f"row {number}: {bad}")
             continue
         if not problems:
@@ -175,11 +175,17 @@ def _check_columns(config: DataConfig, row: dict[str, Any]) -> None:
 def _canonical(config: DataConfig, number: int, row: dict[str, Any]) -> dict[str, Any]:
     prompt = _messages(row, config.columns.prompt, "user")
     if prompt[-1]["role"] not in PROMPT_ENDS:
-        raise _Bad(f"{config.columns.prompt}: must end with a user turn, not {prompt[-1]['role']}")
+        raise _RowError(f"{config.columns.prompt}: must end with a user turn, not {prompt[-1]['role']}")
     answers = {name: _answer(row, getattr(config.columns, name), prompt) for name in ("chosen", "rejected")}
     topic = row.get("topic")
     group = fingerprint.of_value([[m["role"], " ".join(m["content"].casefold().split())] for m in prompt])[:32]
-    return {"prompt": prompt, **answers, "topic": topic if isinstance(topic, str) else None, "group": group, "row": number}
+    return {
+        "prompt": prompt,
+        **answers,
+        "topic": topic if isinstance(topic, str) else None,
+        "group": group,
+        "row": number,
+    }
 
 
 def _answer(row: dict[str, Any], column: str, prompt: Messages) -> Messages:
@@ -187,30 +193,30 @@ def _answer(row: dict[str, Any], column: str, prompt: Messages) -> Messages:
     if messages[: len(prompt)] == prompt:
         messages = messages[len(prompt) :]
     if not messages or any(message["role"] != "assistant" for message in messages):
-        raise _Bad(f"{column}: must be an assistant's answer to the prompt")
+        raise _RowError(f"{column}: must be an assistant's answer to the prompt")
     return messages
 
 
 def _messages(row: dict[str, Any], column: str, role: str) -> Messages:
     value = row.get(column)
     if value is None:
-        raise _Bad(f"{column}: is missing or null")
+        raise _RowError(f"{column}: is missing or null")
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise _Bad(f"{column}: must be text or a list of messages, not {type(value).__name__}")
+        raise _RowError(f"{column}: must be text or a list of messages, not {type(value).__name__}")
     return [_message(message, column) for message in value]
 
 
 def _message(message: Any, column: str) -> dict[str, str]:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise _Bad(f"{column}: a message needs a role and a text content")
+        raise _RowError(f"{column}: a message needs a role and a text content")
     if message.get("role") not in ROLES:
-        raise _Bad(f"{column}: unknown role {message.get('role')!r}; known: {', '.join(ROLES)}")
+        raise _RowError(f"{column}: unknown role {message.get('role')!r}; known: {', '.join(ROLES)}")
     if not message["content"].strip():
-        raise _Bad(f"{column}: is blank")
+        raise _RowError(f"{column}: is blank")
     try:
         message["content"].encode("utf-8")
     except UnicodeEncodeError:
-        raise _Bad(f"{column}: has half of a surrogate pair, which is no text") from None
+        raise _RowError(f"{column}: has half of a surrogate pair, which is no text") from None
     return {"role": message["role"], "content": message["content"]}

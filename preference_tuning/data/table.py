@@ -1,9 +1,9 @@
 """The canonical dataset: two Arrow tables of pairs, a manifest, a quarantine of what was left out, and a report.
 
-    folder/train.arrow  held_out.arrow   prompt, chosen, rejected (messages), topic, group, row
-    folder/manifest.json                 where the rows come from, counts, the split, the fingerprint
-    folder/quarantine.jsonl              the rows left out, each with its reason
-    folder/report.html
+folder/train.arrow  held_out.arrow   prompt, chosen, rejected (messages), topic, group, row
+folder/manifest.json                 where the rows come from, counts, the split, the fingerprint
+folder/quarantine.jsonl              the rows left out, each with its reason
+folder/report.html
 """
 
 from collections.abc import Iterator

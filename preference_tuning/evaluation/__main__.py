@@ -10,13 +10,13 @@ from typing import Any
 from preference_tuning import jobs
 from preference_tuning.evaluation import gate, statistics
 from preference_tuning.evaluation import job as jobs_of_evaluation
-from preference_tuning.evaluation.job import BASE, Evaluated, Evaluation, EvaluationJob, Sample
+from preference_tuning.evaluation.job import BASE, Evaluation, EvaluationJob, Sample
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
 
 
-def main(folder: Path, job: EvaluationJob) -> Evaluated:
+def main(folder: Path, job: EvaluationJob) -> Evaluation:
     """Score every model of the job, compute the figures, and write the evidence."""
     comet = Comet.start(job.comet, "evaluation")
     try:
@@ -31,19 +31,13 @@ class _Evaluating:
 
         self.job, self.comet = job, comet
         self.start = time.monotonic()
-        self.evidence = folder / "evidence"
+        self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
-        self.base = loading.load_base(job.base_model, job.source, job.output_dir)
-        self.model: Any = self.base.model
-        for name, adapter in job.adapters.items():
-            if self.model is self.base.model:
-                self.model = loading.load_adapter(self.base, adapter, name=name)
-            else:
-                self.model.load_adapter(str(adapter), adapter_name=name)
-        self.model.eval()
+        self.base: Any = loading.load_base(job.base_model, job.source, job.output_dir)
+        self.model = loading.load_adapters(self.base, job.adapters)
 
-    def run(self) -> Evaluated:
+    def run(self) -> Evaluation:
         from preference_tuning.models import chat, rows
 
         job = self.job
@@ -67,7 +61,7 @@ class _Evaluating:
             seconds=round(time.monotonic() - self.start, 3),
         )
         self._report(evaluation, scores)
-        return Evaluated(evaluation=evaluation, evidence=self.evidence)
+        return evaluation
 
     def _as(self, name: str) -> Any:
         """Return a context in which the one set of weights is the model ``name``."""

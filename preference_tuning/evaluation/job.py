@@ -16,6 +16,7 @@ from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
 MODULE = "preference_tuning.evaluation"
+EVIDENCE = "evidence"
 SCORES, SUMMARY, REPORT, METRICS = "scores.parquet", "evaluation.json", "report.html", "metrics.jsonl"
 BASE = "base"
 
@@ -82,14 +83,15 @@ class Evaluated(BaseModel):
     evidence: Path
 
 
-def evaluate(job: EvaluationJob) -> Evaluated:
-    """Run an evaluation job and return what it found.
+def evaluate(job: EvaluationJob, again: bool = False) -> Evaluated:
+    """Run an evaluation job and return what it found; finished work is not done twice unless ``again``.
 
     Raises:
         PreferenceTuningError: it failed.
     """
-    folder = job.output_dir / "jobs" / f"evaluate-{fingerprint.of_value(job.identity())[:16]}"
-    return jobs.run(MODULE, folder.absolute(), job, Evaluated)
+    folder = (job.output_dir / "jobs" / f"evaluate-{fingerprint.of_value(job.identity())[:16]}").absolute()
+    evaluation = jobs.run(MODULE, folder, job, Evaluation, again)
+    return Evaluated(evaluation=evaluation, evidence=folder / EVIDENCE)
 
 
 def from_artifacts(

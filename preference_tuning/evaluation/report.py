@@ -1,5 +1,7 @@
 """The evaluation report: the verdict, the models side by side, and what they answer."""
 
+import itertools
+
 from preference_tuning import reports
 from preference_tuning.evaluation import statistics
 from preference_tuning.evaluation.job import BASE, Evaluation
@@ -40,7 +42,10 @@ def render(evaluation: Evaluation, scores: statistics.Scores) -> str:
 
 def _figures(evaluation: Evaluation) -> reports.Html:
     rows = [
-        [f"{meaning} ({name})", *(str(figures[name]) if name in figures else "–" for figures in evaluation.models.values())]
+        [
+            f"{meaning} ({name})",
+            *(str(figures[name]) if name in figures else "–" for figures in evaluation.models.values()),
+        ]
         for name, meaning in SHOWN.items()
     ]
     return reports.table(["", *evaluation.models], rows, numeric=True)
@@ -51,10 +56,12 @@ def _charts(evaluation: Evaluation, scores: statistics.Scores) -> list[reports.H
     accuracy = {name: figures["likelihood/accuracy"].value for name, figures in evaluation.models.items()}
     margins = {
         f"{name} against {parent}": statistics.reward_margins(scores, name, parent).tolist()
-        for parent, name in zip(names, names[1:], strict=False)
+        for parent, name in itertools.pairwise(names)
     }
     per_token = {
-        name: (scores[f"{name}/chosen"] / scores["chosen_tokens"]).tolist() for name in (BASE, *names[1:]) if name in names
+        name: (scores[f"{name}/chosen"] / scores["chosen_tokens"]).tolist()
+        for name in (BASE, *names[1:])
+        if name in names
     }
     return [
         reports.bars("Finds the chosen answer likelier", accuracy, "{:.3f}", top=1.0),

@@ -1,4 +1,7 @@
-"""Figures with their uncertainty, from per-example scores. Ties count as half: a policy equal to its reference is 0.5."""
+"""Figures with their uncertainty, from per-example scores.
+
+Ties count as half: a policy that equals its reference has a reward accuracy of 0.5.
+"""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +31,7 @@ class Figure(BaseModel):
 
 
 def preference_accuracy(margins: Array) -> Figure:
-    """Return the share of positive margins, ties as half, with Wilson's interval (Wilson 1927), which holds at 0 and 1."""
+    """Return the share of positive margins, ties as half, with Wilson's interval (1927), which holds at 0 and 1."""
     n = len(margins)
     share = float(np.mean(np.where(np.isfinite(margins), np.heaviside(margins, 0.5), np.nan)))
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
@@ -67,7 +70,7 @@ def model_figures(scores: Scores, model: str, seed: int) -> dict[str, Figure]:
 
 
 def reward_margins(scores: Scores, model: str, reference: str) -> Array:
-    """Return log-ratio margins, [n] nats: (log pi/ref of chosen) - (log pi/ref of rejected); times beta, TRL's margins."""
+    """Return (log pi/ref of chosen) - (log pi/ref of rejected), [n] nats; times beta, these are TRL's margins."""
     chosen = scores[f"{model}/chosen"] - scores[f"{reference}/chosen"]
     rejected = scores[f"{model}/rejected"] - scores[f"{reference}/rejected"]
     margins: Array = chosen - rejected

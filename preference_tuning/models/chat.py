@@ -11,10 +11,13 @@ Tokenizer = Any
 
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + 'END_OF_TURN' + '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + 'END' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+END_OF_TURN = "<|im_end|>"
 
 
 class PairTokens(TypedDict):
@@ -35,10 +38,10 @@ def set_template(tokenizer: Tokenizer, template: str | None) -> None:
         ConfigError: there is no template, or it cannot be rendered.
     """
     if template == "chatml":
-        known = "<|im_end|>" in tokenizer.get_vocab()
+        known = END_OF_TURN in tokenizer.get_vocab()
         if known:
-            tokenizer.eos_token = "<|im_end|>"
-        tokenizer.chat_template = CHATML.replace("END_OF_TURN", tokenizer.eos_token)
+            tokenizer.eos_token = END_OF_TURN
+        tokenizer.chat_template = CHATML.replace("END", tokenizer.eos_token)
     elif template is not None:
         path = Path(template).expanduser()
         if not path.is_file():

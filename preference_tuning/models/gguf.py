@@ -6,7 +6,6 @@ rounded as they are: good for trying things out, no measure of the original mode
 """
 
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ def convert(path: Path, target: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     try:
-        os.rename(aside, target)
+        aside.rename(target)
     except OSError:
         # Another process finished the same conversion first; the content is the same.
         shutil.rmtree(aside)

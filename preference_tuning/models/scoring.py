@@ -46,8 +46,8 @@ class Rows:
 
     def to(self, device: torch.device) -> "Rows":
         """Return the rows on ``device``."""
-        tensors = (self.input_ids, self.position_ids, self.segments, self.before, self.targets, self.answer)
-        return Rows(*(tensor.to(device) for tensor in tensors), answers=self.answers)
+        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        return Rows(**moved)
 
 
 def pair_rows(pairs: Sequence[PairTokens], shared: bool, pad_id: int) -> Rows:
@@ -143,7 +143,7 @@ def token_scores(model: nn.Module, rows: Rows, dtype: torch.dtype) -> TokenScore
     softcap = getattr(text_config, "final_logit_softcapping", None)
     scale = getattr(text_config, "logit_scale", None)
     at_answers = hidden.flatten(0, 1)[rows.before]
-    return TokenScores(*_HeadLogProbs.apply(at_answers, head.weight, head.bias, rows.targets, dtype, softcap, scale))
+    return TokenScores(*apply_head(at_answers, head.weight, head.bias, rows.targets, dtype, softcap, scale))
 
 
 def answer_logps(logps: Tensor, rows: Rows) -> Tensor:
@@ -172,7 +172,8 @@ def pair_logps(
 
 def unwrap(model: nn.Module) -> Any:
     """Return the causal language model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    inner: Any = model
+    return inner.get_base_model() if hasattr(model, "peft_config") else model
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -243,6 +244,9 @@ def _gradient(
     slope = probabilities.neg().scatter_add_(-1, target, torch.ones_like(target, dtype=probabilities.dtype))
     slope *= 1 - (logits / softcap) ** 2
     return factor * (slope.to(matrix.dtype) @ matrix).float()
+
+
+apply_head: Any = _HeadLogProbs.apply  # untyped in torch
 
 
 def refuses_shared_prompt(model: nn.Module, longest: int) -> str | None:

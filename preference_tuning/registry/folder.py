@@ -122,12 +122,12 @@ class FolderRegistry:
         files = fingerprint.manifest(model)
         if pickles := [name for name in files if name.endswith(REFUSED)]:
             raise PreferenceTuningError(f"registry: {', '.join(pickles)}: pickled files are not published")
-        id = fingerprint.of_value(files)[:16]
+        version_id = fingerprint.of_value(files)[:16]
         with self._lock():
             self._clear_leftovers()
-            if (self.path(id) / MANIFEST).is_file():
-                return self.version(id)
-            return self._write(id, model, evidence, card, facts)
+            if (self.path(version_id) / MANIFEST).is_file():
+                return self.version(version_id)
+            return self._write(version_id, model, evidence, card, facts)
 
     def promote(self, id: str) -> None:
         """Make a version the champion; the one before becomes the previous one.
@@ -155,7 +155,9 @@ class FolderRegistry:
             found = fingerprint.manifest(folder / part)
             problems += [f"{part}/{name} is missing" for name in sealed if name not in found]
             problems += [f"{part}/{name} is not part of it" for name in found if name not in sealed]
-            problems += [f"{part}/{name} was changed" for name in sealed if found.get(name, sealed[name]) != sealed[name]]
+            problems += [
+                f"{part}/{name} was changed" for name in sealed if found.get(name, sealed[name]) != sealed[name]
+            ]
         return problems
 
     def _write(self, id: str, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
@@ -176,7 +178,7 @@ class FolderRegistry:
         for path in sorted(aside.rglob("*")):
             _sync_directory(path) if path.is_dir() else _sync_file(path)
         _sync_directory(aside)
-        os.rename(aside, self.path(id))
+        aside.rename(self.path(id))
         _sync_directory(self.folder / "versions")
         return version
 

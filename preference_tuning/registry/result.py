@@ -193,7 +193,9 @@ def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str
             "revision": result.base_model.revision,
             "fingerprint": result.source.fingerprint,
         },
-        "data": manifest.model_dump(mode="json", include={"source", "source_fingerprint", "fingerprint", "train", "held_out"}),
+        "data": manifest.model_dump(
+            mode="json", include={"source", "source_fingerprint", "fingerprint", "train", "held_out"}
+        ),
         "config": result.config.model_dump(mode="json"),
         "code": fingerprint.of_sources("preference_tuning.training", "preference_tuning.evaluation"),
         "metrics": {

@@ -44,7 +44,7 @@ def _table(models: dict[str, dict[str, object]] | object) -> str:
     }
     header = f"{'held-out pairs':42}" + "".join(f"{name:>24}" for name in models)
     body = [
-        f"{title:42}" + "".join(f"{str(figures.get(name, '')):>24}" for figures in models.values())
+        f"{title:42}" + "".join(f"{figures.get(name, '')!s:>24}" for figures in models.values())
         for title, name in rows.items()
     ]
     return "\n".join([header, *body])

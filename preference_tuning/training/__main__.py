@@ -13,12 +13,12 @@ from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobE
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read
 from preference_tuning.training import job as jobs_of_training
-from preference_tuning.training.job import ReferenceProof, Trained, TrainingJob, TrainingRecord
+from preference_tuning.training.job import ReferenceProof, TrainingJob, TrainingRecord
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
-def main(folder: Path, job: TrainingJob) -> Trained:
+def main(folder: Path, job: TrainingJob) -> TrainingRecord:
     """Train the stage in ``folder`` and return its record."""
     # Comet must start before anything seeds the global random state (see tracking.comet).
     comet = Comet.start(job.comet, job.stage)
@@ -35,14 +35,14 @@ class _Training:
         from preference_tuning.models import loading
 
         self.folder, self.job, self.comet = folder, job, comet
-        self.evidence = folder / "evidence"
+        self.evidence = folder / jobs_of_training.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
         self.base = loading.load_base(job.base_model, job.source, job.output_dir)
         self.engine, self.engine_reason = "answer_only", "SFT applies the head to answer tokens only"
         self.reference: ReferenceProof | None = None
 
-    def run(self) -> Trained:
+    def run(self) -> TrainingRecord:
         from transformers import PrinterCallback
 
         from preference_tuning.models import loading
@@ -77,7 +77,7 @@ class _Training:
                 "after a checkpoint; the same command continues it"
             )
 
-        adapter = self.folder / "adapter"
+        adapter = self.folder / jobs_of_training.ADAPTER
         loading.save_adapter(trainer.model, self.base.tokenizer, adapter, job.base_model)
         if problem := loading.adapter_problem(adapter):
             shutil.rmtree(adapter)
@@ -85,7 +85,7 @@ class _Training:
         record = self._record(trainer, train, held_out, adapter, clock.seconds, [resumed_at] if resumed_at else [])
         self._write_evidence(record)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        return Trained(record=record, adapter=adapter, evidence=self.evidence)
+        return record
 
     def _model(self) -> Any:
         from preference_tuning.models import loading
@@ -139,7 +139,9 @@ class _Training:
             raise ConfigError(f"dpo.engine: shared_prompt cannot run this model: {refusal}; use auto or trl")
         shared = wanted != "trl" and refusal is None
         self.engine = "shared_prompt" if shared else "trl"
-        self.engine_reason = refusal or ("chosen in the config" if wanted != "auto" else "the model's attention takes it")
+        self.engine_reason = refusal or (
+            "chosen in the config" if wanted != "auto" else "the model's attention takes it"
+        )
         if refusal:
             print(f"  DPO: runs on stock TRL, because {refusal}", file=sys.stderr)
         return shared
@@ -169,7 +171,8 @@ class _Training:
     def _prove_reference(self, trainer: Any, shared: bool) -> None:
         from preference_tuning.training import reference
 
-        assert self.job.dpo is not None and self.job.adapter_hash is not None
+        assert self.job.dpo is not None
+        assert self.job.adapter_hash is not None
         dpo = self.job.dpo
         tolerance = reference.TOLERANCE[self.base.dtype]
         loss, difference, pairs = reference.measure(trainer, **self._how(shared))

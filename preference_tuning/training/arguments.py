@@ -37,8 +37,8 @@ def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any
     warmup = config.warmup_steps
     return {
         "output_dir": str(checkpoints),
-        "num_train_epochs": config.num_train_epochs,  # type: ignore[attr-defined]
-        "learning_rate": config.learning_rate,  # type: ignore[attr-defined]
+        "num_train_epochs": config.num_train_epochs,
+        "learning_rate": config.learning_rate,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -76,7 +76,7 @@ def total_steps(config: StageConfig, rows: int) -> int:
     """Return the optimizer steps of a stage on ``rows`` rows, as transformers counts them."""
     batches = math.ceil(rows / config.per_device_train_batch_size)
     steps_an_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    return max(1, math.ceil(config.num_train_epochs * steps_an_epoch))  # type: ignore[attr-defined]
+    return max(1, math.ceil(config.num_train_epochs * steps_an_epoch))
 
 
 def check_warmup(config: StageConfig, rows: int) -> None:
@@ -89,6 +89,6 @@ def check_warmup(config: StageConfig, rows: int) -> None:
     if config.warmup_steps >= 1 and config.warmup_steps >= steps:
         stage = "sft" if isinstance(config, SFTConfig) else "dpo"
         raise ConfigError(
-            f"{stage}.warmup_steps: {config.warmup_steps:.0f} steps of warm-up in a run of {steps} steps ({rows} rows): "
-            "the learning rate would never be reached. Give a share, such as 0.1"
+            f"{stage}.warmup_steps: {config.warmup_steps:.0f} of {steps} steps ({rows} rows) would be warm-up: the "
+            "learning rate would never be reached. Give a share, such as 0.1"
         )

@@ -25,7 +25,7 @@ TIMING_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_sec
 class Shares(TrainerCallback):  # type: ignore[misc]
     """Evaluates and saves when given shares of the optimizer steps are done, the last step included.
 
-    transformers rounds ``eval_steps=0.2`` up to a whole number of steps and then misses the end; this does it five times.
+    transformers rounds ``eval_steps=0.2`` up to whole steps and then misses the end; this evaluates five times.
     """
 
     def __init__(self, eval_share: float, save_share: float) -> None:
@@ -103,14 +103,14 @@ class Health(TrainerCallback):  # type: ignore[misc]
             if name in logs and not math.isfinite(float(logs[name])):
                 raise DivergedError(
                     f"{name} is {float(logs[name])} at step {state.global_step}: training diverged and is stopped; "
-                    "nothing of it is kept. Likely causes: learning_rate too high, warmup_steps too short, or damaged rows"
+                    "nothing of it is kept. Likely causes: learning_rate too high, too little warm-up, damaged rows"
                 )
         if "grad_norm" in logs:
             self._zero_gradients = self._zero_gradients + 1 if float(logs["grad_norm"]) == 0.0 else 0
         if self._zero_gradients >= ZERO_GRADIENTS:
             raise DivergedError(
-                f"the gradient has been exactly 0 for {ZERO_GRADIENTS} steps (step {state.global_step}): nothing is learned. "
-                "Likely causes: identical answers, a saturated loss (beta or learning_rate too high)"
+                f"the gradient has been exactly 0 for {ZERO_GRADIENTS} steps (step {state.global_step}): nothing is "
+                "learned. Likely causes: identical answers, a saturated loss (beta or learning_rate too high)"
             )
 
 

@@ -12,6 +12,7 @@ from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
 MODULE = "preference_tuning.training"
+ADAPTER, EVIDENCE = "adapter", "evidence"
 RECORD, METRICS, REPORT = "record.json", "metrics.jsonl", "report.html"
 
 
@@ -121,16 +122,25 @@ class Trained(BaseModel):
     evidence: Path
 
 
-def train(job: TrainingJob) -> Trained:
+def train(job: TrainingJob, again: bool = False) -> Trained:
     """Run a training job to its end, continuing an unfinished one, and return what it made.
+
+    A finished job is not done twice unless ``again``, or unless its adapter is no longer what it wrote.
 
     Raises:
         DivergedError: a loss, gradient, weight or the reference check is outside what is healthy.
         InterruptedJobError: a signal stopped it after a checkpoint.
         PreferenceTuningError: it failed otherwise.
     """
-    folder = job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}"
-    return jobs.run(MODULE, folder.absolute(), job, Trained)
+    folder = (job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}").absolute()
+    trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again))
+    if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
+        trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again=True))
+    return trained
+
+
+def _trained(folder: Path, record: TrainingRecord) -> Trained:
+    return Trained(record=record, adapter=folder / ADAPTER, evidence=folder / EVIDENCE)
 
 
 def from_artifacts(

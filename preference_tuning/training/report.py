@@ -32,7 +32,10 @@ def _facts(record: TrainingRecord) -> reports.Html:
 
 def _curves(stage: str, points: list[Point]) -> list[reports.Html]:
     def both(name: str) -> dict[str, list[tuple[int, float]]]:
-        found = {"training": series(points, f"{stage}/train/{name}"), "held out": series(points, f"{stage}/eval/{name}")}
+        found = {
+            "training": series(points, f"{stage}/train/{name}"),
+            "held out": series(points, f"{stage}/eval/{name}"),
+        }
         return {label: line for label, line in found.items() if line}
 
     level = math.log(2) if stage == "dpo" else None

@@ -88,7 +88,7 @@ class _ByLength:
 
 
 class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
-    """SFT on the chosen answers: the loss is their mean negative log-probability a token, prompts are not trained on."""
+    """SFT on the chosen answers: the mean negative log-probability of their tokens; prompts are not trained on."""
 
     def __init__(self, *args: Any, dtype: torch.dtype, pad_id: int, **kwargs: Any) -> None:
         """Take TRL's arguments, the precision of the matrix products and the padding token."""
@@ -132,7 +132,7 @@ class _SFTCollator:
 
 
 class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
-    """DPO whose reference log-probabilities are columns of the rows: ``ref_chosen_logps`` and ``ref_rejected_logps``."""
+    """DPO whose reference is two columns of the rows: ``ref_chosen_logps`` and ``ref_rejected_logps``."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "length"]
+        self._signature_columns: list[str] = [*self._signature_columns, "length"]
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor

@@ -1,0 +1,109 @@
+"""The direction of dependencies and the one-owner rule, read off the import statements."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "preference_tuning"
+OWNERS = {
+    "comet_ml": {"tracking/comet.py"},
+    "huggingface_hub": {"hub.py"},
+    "peft": {"models/loading.py"},
+    "bitsandbytes": set(),
+    "unsloth": {"models/loading.py"},
+    "trl": {"training/arguments.py", "training/trainers.py"},
+}
+# What a room may import, beside the ground that every room stands on.
+GROUND = {"errors", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
+ROOMS = {
+    "errors": set(),
+    "fingerprint": set(),
+    "progress": set(),
+    "reports": set(),
+    "config": {"errors"},
+    "hub": {"errors"},
+    "jobs": {"errors", "fingerprint"},
+    "data": GROUND,
+    "models": GROUND,
+    "tracking": GROUND,
+    "training": GROUND | {"data", "models", "tracking"},
+    "evaluation": GROUND | {"data", "models", "tracking"},
+    "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
+    "preflight": GROUND | {"data", "models", "tracking", "registry"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sources("preference_tuning"), ids=lambda p: p.relative_to(LIBRARY).as_posix())
+def test_the_library_imports_downwards_only(path: Path) -> None:
+    names = imports(path)
+    assert not {name for name in names if name.split(".")[0] in {"zenml", "steps", "pipelines", "run"}}
+    room = room_of(path)
+    if room == "__init__":
+        return
+    own = {name.split(".")[1] for name in names if name.startswith("preference_tuning.") and name.count(".") > 0}
+    assert own - {room, "__version__"} <= ROOMS[room], f"{room} may not import {own - ROOMS[room]}"
+    for service, owners in OWNERS.items():
+        if any(name.split(".")[0] == service for name in names):
+            assert path.relative_to(LIBRARY).as_posix() in owners, f"{service} has one owner"
+
+
+def test_steps_do_not_import_each_other() -> None:
+    shared = {"steps.artifacts", "steps.context"}
+    for path in sources("steps"):
+        used = {".".join(name.split(".")[:2]) for name in imports(path) if name.startswith("steps.")}
+        assert used <= shared, path.name
+        assert not [name for name in imports(path) if name.startswith("pipelines")]
+
+
+def test_steps_are_thin() -> None:
+    for path in sources("steps"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any("step" in ast.unparse(d) for d in node.decorator_list):
+                assert len(node.body) <= 15, f"{path.name} has logic in it"
+
+
+def test_modules_import_without_torch_where_the_pipeline_process_needs_them() -> None:
+    """The ZenML process stays free of torch: it is loaded by the jobs."""
+    code = """
+import sys
+from zenml.utils import source_utils
+source_utils.set_custom_source_root('.')
+import pipelines.training
+print([name for name in ('torch', 'transformers', 'trl') if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_the_readme_names_what_exists() -> None:
+    import re
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+    for config in re.findall(r"configs/[\w-]+\.yaml", text):
+        assert (ROOT / config).is_file(), config
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"make ([a-z-]+)", text)) <= set(targets)

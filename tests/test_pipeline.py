@@ -1,0 +1,232 @@
+"""The whole pipeline in ZenML on the tiny model, started as a user starts it."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished, Project, make_project, preference_rows, write_jsonl
+
+DPO_STEPS = {"load_preferences", "train_sft", "train_dpo", "evaluate", "register"}
+
+
+def manifests(project: Project) -> list[dict[str, Any]]:
+    found = (project.folder / "outputs" / "registry").glob("*/versions/*/manifest.json")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def test_a_run_tunes_measures_and_registers(finished: Finished) -> None:
+    project, shown, run = finished.project, finished.shown, finished.run
+    assert run["status"] == "completed"
+    assert {name: step["status"] for name, step in run["steps"].items()} == dict.fromkeys(DPO_STEPS, "completed")
+    (version,) = [found for found in manifests(project) if found["run"]["zenml_run"] == run["name"]]
+    folder = project.folder / "outputs/registry/preference-tuned"
+    champion = json.loads((folder / "champion.json").read_text(encoding="utf-8"))
+    assert champion["version"] == version["id"]
+    assert version["verdict"]["decision"] == "promote"
+    accuracy = version["metrics"]["models"]["dpo"]["rewards/accuracies"]
+    assert accuracy["value"] > 0.9, "shouting is easy to tell from plain words"
+    assert {"adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= set(
+        version["model_files"]
+    )
+    assert version["run"]["zenml_run"] == run["name"]
+    for line in ("tuned on", "reward accuracy", "verdict    promote", version["id"], "comet upload", run["name"]):
+        assert line in shown
+    assert len(shown.splitlines()) < 30, "one screen"
+
+
+def test_the_reference_is_the_sft_policy(finished: Finished) -> None:
+    steps = finished.run["steps"]
+    sft, dpo = steps["train_sft"]["metadata"], steps["train_dpo"]["metadata"]
+    assert dpo["reference/sft_adapter_hash"] == sft["adapter_hash"]
+    assert float(dpo["reference/loss"]) == pytest.approx(0.693147, abs=1e-4)
+    assert float(dpo["reference/largest_difference"]) < 1e-3
+    assert dpo["engine"] == "shared_prompt"
+
+
+def test_each_step_shows_metadata_and_a_report(finished: Finished) -> None:
+    steps = finished.run["steps"]
+    for name, facts in {
+        "load_preferences": {"train", "held_out", "fingerprint", "rows_in"},
+        "train_sft": {"seconds", "steps", "adapter_hash", "settings/learning_rate", "held_out/loss"},
+        "train_dpo": {"seconds", "settings/beta", "held_out/rewards/accuracies", "template_hash"},
+        "evaluate": {"decision", "dpo/rewards/accuracies", "base/likelihood/accuracy", "pairs"},
+        "register": {"version", "promoted", "champion", "reason"},
+    }.items():
+        assert facts <= set(steps[name]["metadata"]), name
+        reports = [uri for output, uri in steps[name]["outputs"].items() if output.endswith("report")]
+        for uri in reports:
+            html = (Path(uri) / "output.html").read_text(encoding="utf-8")
+            assert "<svg" in html
+            assert "<script" not in html
+        assert reports or name == "register"
+
+
+def test_artifacts_are_plain_files_without_pickles(finished: Finished) -> None:
+    stored = [path for path in finished.project.folder.parent.joinpath("zenml").rglob("*") if path.is_file()]
+    assert any(path.name == "adapter_model.safetensors" for path in stored)
+    assert not [path for path in stored if path.suffix in {".pkl", ".gz", ".bin", ".pt"}]
+
+
+def test_comet_has_every_stage_in_one_experiment(finished: Finished) -> None:
+    run = finished.run
+    archives = list((finished.project.folder / "outputs" / "comet" / run["id"]).glob("*/*.zip"))
+    assert sorted(archive.parent.name for archive in archives) == ["dpo", "evaluation", "sft"]
+    metrics: dict[tuple[str, int | None], float] = {}
+    for archive in archives:
+        with zipfile.ZipFile(archive) as opened:
+            about = json.loads(opened.read("experiment.json"))
+            assert about["offline_id"] == run["id"]
+            assert about["project_name"] == "preference-tuning"
+            for line in opened.read("messages.json").decode().splitlines():
+                message = json.loads(line)
+                if message["type"] == "metric_msg":
+                    metric = message["payload"]["metric"]
+                    metrics[metric["metricName"], metric["step"]] = metric["metricValue"]
+    names = {name for name, _ in metrics}
+    assert {"sft/train/loss", "sft/eval/loss", "dpo/train/loss", "dpo/eval/rewards/accuracies"} <= names
+    assert {"evaluation/base/nll/chosen", "evaluation/dpo/rewards/accuracies"} <= names
+    # The spool is the truth: what Comet got is what it says, point by point.
+    for stage in ("sft", "dpo"):
+        uri = Path(run["steps"][f"train_{stage}"]["outputs"][f"{stage}_evidence"])
+        spool = uri / "content" / "metrics.jsonl"
+        for line in spool.read_text(encoding="utf-8").splitlines():
+            point = json.loads(line)
+            for name, value in point["metrics"].items():
+                assert metrics[name, point["step"]] == pytest.approx(value)
+
+
+def test_evaluation_really_happens_five_times(finished: Finished) -> None:
+    run = finished.run
+    for stage in ("sft", "dpo"):
+        spool = Path(run["steps"][f"train_{stage}"]["outputs"][f"{stage}_evidence"]) / "content" / "metrics.jsonl"
+        points = [json.loads(line) for line in spool.read_text(encoding="utf-8").splitlines()]
+        evaluations = [point["step"] for point in points if f"{stage}/eval/loss" in point["metrics"]]
+        steps = int(run["steps"][f"train_{stage}"]["metadata"]["steps"])
+        assert evaluations == sorted({max(1, round(steps * i / 5)) for i in range(1, 6)})
+        assert [p["step"] for p in points if f"{stage}/train/loss" in p["metrics"]] == list(range(1, steps + 1))
+
+
+def test_the_cache(finished: Finished) -> None:
+    """Identical: cached. Another beta: DPO only. Another byte of data: everything. An edited trainer: training."""
+    project = finished.project
+    cached = dict.fromkeys(DPO_STEPS, "cached") | {"register": "completed"}
+
+    project.train()
+    assert project.statuses() == cached
+    assert len(manifests(project)) == 1
+
+    project.train("run.yaml", "--set", "dpo.beta=0.2", "--set", "tracking.tags=[night]")
+    ran = dict.fromkeys(("train_dpo", "evaluate"), "completed")
+    assert project.statuses() == cached | ran
+
+    trainer = project.folder / "preference_tuning" / "training" / "trainers.py"
+    source = trainer.read_text(encoding="utf-8")
+    trainer.write_text(source + "\n# edited\n", encoding="utf-8")
+    project.train("run.yaml", "--set", "finetuning_type=sft")
+    trainer.write_text(source, encoding="utf-8")
+    assert project.statuses() == {
+        "load_preferences": "cached",
+        "train_sft": "completed",
+        "evaluate": "completed",
+        "register": "completed",
+    }
+
+    data = project.folder / "rows.jsonl"
+    rows = data.read_text(encoding="utf-8")
+    data.write_text(rows.replace("part 1.", "part 1!", 1), encoding="utf-8")
+    project.train("run.yaml", "--set", "finetuning_type=sft")
+    data.write_text(rows, encoding="utf-8")
+    statuses = project.statuses()
+    assert (statuses["load_preferences"], statuses["train_sft"]) == ("completed", "completed")
+
+
+def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> None:
+    project = finished.project
+    project.configure(lambda parameters: parameters.pop("finetuning_type"), "sft.yaml")
+    zenml = ("-c", "from zenml.cli.cli import cli; cli()", "pipeline", "run", "pipelines.training.training", "-c")
+    done = project.run(*zenml, "sft.yaml")
+    assert done.returncode == 0, done.stderr
+    statuses = project.statuses()
+    assert set(statuses) == DPO_STEPS - {"train_dpo"}, "the same steps without DPO"
+    assert (statuses["train_sft"], statuses["register"]) == ("cached", "completed")
+    before = project.last_run()["count"]
+    project.configure(lambda parameters: parameters["dpo"].update(betta=1), "bad.yaml")
+    done = project.run(*zenml, "bad.yaml")
+    assert done.returncode == 2
+    assert "did you mean 'beta'?" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert project.last_run()["count"] == before, "no run is created"
+
+
+def test_a_failing_job_ends_the_run_with_its_exit_code(finished: Finished) -> None:
+    project = finished.project
+    versions = len(manifests(project))
+    done = project.run("run.py", "train", "run.yaml", "--set", "dpo.warmup_steps=500")
+    assert done.returncode == 2
+    assert "dpo.warmup_steps: 500 of" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    run = project.last_run()
+    assert run["status"] == "failed"
+    assert "register" not in run["steps"]
+    assert len(manifests(project)) == versions
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["data.source=nowhere.jsonl"], 3, "no such file: "),
+        (["data.source=empty.jsonl"], 3, "is empty"),
+        (["data.columns.chosen=best"], 3, "no column 'best' (data.columns.chosen); the columns are 'prompt', 'chosen'"),
+        (["data.source=broken.jsonl"], 3, "broken.jsonl, line 2: not JSON"),
+        (["data.source=null.jsonl"], 3, "row 3: chosen: is missing or null"),
+        (["base_model.source=no/where/at/all"], 2, "no such file or directory"),
+        (["base_model.source=run.py"], 2, "is not a model"),
+        (["base_model.source=configs"], 2, "is not a model directory: it has no config.json"),
+        (["base_model.source=package:llm_nothing/x.gguf"], 2, "the Python package 'llm_nothing' is not installed"),
+        (["output_dir=rows.jsonl"], 2, "is a file, not a folder"),
+        (["registry.folder=configs"], 2, "not a registry of ours"),
+        (["tracking.mode=online"], 2, "needs COMET_API_KEY"),
+        (["data.source=nowhere.jsonl", "registry.folder=configs"], 2, "no such file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_before_anything_runs(
+    finished: Finished, options: list[str], code: int, message: str
+) -> None:
+    project = finished.project
+    rows = preference_rows(8)
+    write_jsonl(project.folder / "null.jsonl", [*rows[:2], {**rows[2], "chosen": None}, *rows[3:]])
+    (project.folder / "empty.jsonl").touch()
+    (project.folder / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
+    before = sorted(path.name for path in project.folder.rglob("*") if "__pycache__" not in path.parts)
+    done = project.run("run.py", "train", "run.yaml", *(word for option in options for word in ("--set", option)))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in project.folder.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_check_says_what_it_found(finished: Finished) -> None:
+    project = finished.project
+    done = project.run("run.py", "check", "run.yaml")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "model",
+        "data",
+        "outputs",
+        "registry",
+        "tracking",
+    ]
+    assert "64 pairs" in done.stdout
+
+
+@pytest.mark.quickstart
+def test_the_quickstart_visibly_works(tmp_path: Path) -> None:
+    project = make_project(tmp_path, tmp_path)
+    shutil.copytree(Path(__file__).parent.parent / "data", project.folder / "data")
+    shown = project.train("configs/quickstart.yaml").stdout
+    (version,) = manifests(project)
+    assert version["metrics"]["models"]["dpo"]["rewards/accuracies"]["low"] > 0.6
+    assert "verdict    promote" in shown

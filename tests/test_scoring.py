@@ -1,0 +1,260 @@
+"""The shared-prompt forward is exact: against one answer a row, and against stock TRL, for several architectures."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from preference_tuning.models import chat, scoring
+from preference_tuning.models.chat import PairTokens
+
+VOCABULARY = 128
+PAIRS = [
+    PairTokens(prompt_ids=[5, 6, 7, 8], chosen_ids=[9, 10, 11], rejected_ids=[12, 13, 14, 15, 16, 17]),
+    PairTokens(prompt_ids=[20, 21], chosen_ids=[22], rejected_ids=[23]),
+    PairTokens(prompt_ids=[30] * 12, chosen_ids=[31, 32, 33, 34, 35, 36, 37], rejected_ids=[38, 39]),
+]
+
+
+def tiny(family: str) -> Any:
+    """A random model of a family, in fp32."""
+    import transformers
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    extra = {
+        "Gemma": {"head_dim": 8},
+        "Gemma2": {"head_dim": 8, "sliding_window": 64, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+        "Cohere": {"logit_scale": 0.3},
+    }
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**common, **extra.get(family, {}))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.config._attn_implementation = "eager"
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+FAMILIES = ["Llama", "Qwen2", "Mistral", "Gemma", "Gemma2", "Phi", "Cohere"]
+
+
+def logps_of(model: Any, shared: bool) -> torch.Tensor:
+    rows = scoring.pair_rows(PAIRS, shared, pad_id=0)
+    return scoring.answer_logps(scoring.token_scores(model, rows, torch.float32).logps, rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prompt_changes_nothing(family: str) -> None:
+    """Log-probabilities of chosen and rejected equal a plain causal model's, summed by hand from its logits."""
+    model = tiny(family)
+    shared, plain = logps_of(model, shared=True), logps_of(model, shared=False)
+    by_hand = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for pair in PAIRS:
+            ids = torch.tensor([pair["prompt_ids"] + pair[side]])  # type: ignore[literal-required]
+            logps = model(ids).logits.float().log_softmax(-1)
+            start = len(pair["prompt_ids"])
+            by_hand.append(sum(logps[0, at - 1, ids[0, at]] for at in range(start, ids.shape[1])))
+    assert torch.allclose(shared, torch.stack(by_hand), atol=2e-4)  # type: ignore[arg-type]
+    assert torch.allclose(shared, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Phi"])
+def test_the_heads_gradient_is_autograds(family: str) -> None:
+    """The gradient formed in the forward pass equals that of log_softmax over full logits."""
+    model = tiny(family)
+    rows = scoring.pair_rows(PAIRS, True, pad_id=0)
+    head = model.get_output_embeddings()
+    hidden = torch.randn(len(rows.targets), 32, requires_grad=True)
+    twin = hidden.detach().clone().requires_grad_()
+    config = model.config
+    softcap, scale = getattr(config, "final_logit_softcapping", None), getattr(config, "logit_scale", None)
+    logps, entropies, correct = scoring.apply_head(hidden, head.weight, head.bias, rows.targets, torch.float32, softcap, scale)  # fmt: skip
+    logits = torch.nn.functional.linear(twin, head.weight, head.bias)
+    logits = logits * scale if scale else logits
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = logits.log_softmax(-1)
+    taken = expected.gather(-1, rows.targets[:, None])[:, 0]
+    weights = torch.randn(len(logps))
+    (logps * weights).sum().backward()
+    (taken * weights).sum().backward()
+    assert torch.allclose(logps, taken, atol=1e-5)
+    assert torch.allclose(hidden.grad, twin.grad, atol=1e-5)
+    assert torch.allclose(entropies, -(expected.exp() * expected).sum(-1), atol=1e-5)
+    assert torch.equal(correct, expected.argmax(-1) == rows.targets)
+
+
+def test_answers_do_not_see_each_other() -> None:
+    model = tiny("Llama")
+    changed = copy.deepcopy(PAIRS)
+    changed[0]["chosen_ids"] = [99] * 9
+    rows = [scoring.pair_rows(pairs, True, pad_id=0) for pairs in (PAIRS, changed)]
+    before, after = (scoring.answer_logps(scoring.token_scores(model, r, torch.float32).logps, r) for r in rows)
+    assert torch.allclose(before[3:], after[3:], atol=1e-5), "rejected answers are untouched by another chosen one"
+    assert before[0] != after[0]
+
+
+def trainer(tmp_path: Path, model: Any, shared: bool, loss_type: list[str], **settings: Any) -> Any:
+    import datasets
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig
+
+    from preference_tuning.training.trainers import PreferenceTrainer
+
+    rows = datasets.Dataset.from_list(
+        [
+            {**pair, "length": 1, "ref_chosen_logps": -10.0 - i, "ref_rejected_logps": -12.0 + i}
+            for i, pair in enumerate(PAIRS)
+        ]
+    )
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", beta=0.3,
+        loss_type=loss_type, max_length=None, per_device_train_batch_size=3, **settings,
+    )  # fmt: skip
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), pad_token="t0", eos_token="t2"
+    )
+    return PreferenceTrainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        dtype=torch.float32, pad_id=0, shared_prompt=shared,
+    )  # fmt: skip
+
+
+def adapted(family: str) -> Any:
+    """A tiny model with an adapter that is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = ["q_proj", "v_proj"]
+    model = get_peft_model(tiny(family), LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+LOSSES = [
+    ["sigmoid"], ["ipo"], ["hinge"], ["robust"], ["exo_pair"], ["nca_pair"], ["bco_pair"], ["sppo_hard"], ["aot"],
+    ["aot_unpaired"], ["apo_zero"], ["apo_down"], ["discopop"], ["sigmoid_norm"], ["sigmoid", "sft"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "loss_type"),
+    [*(("Llama", loss) for loss in LOSSES), *((f, loss) for f in FAMILIES[1:4] for loss in LOSSES[:2]), ("Phi", ["sigmoid"])],
+    ids=str,
+)  # fmt: skip
+def test_losses_and_gradients_equal_stock_trl(tmp_path: Path, family: str, loss_type: list[str]) -> None:
+    """fp32, policy different from its reference, unequal lengths, one-token answers."""
+    settings = {"label_smoothing": 0.1} if {"robust", "exo_pair", "aot"} & set(loss_type) else {}
+    found = []
+    for shared in (True, False):
+        engine = trainer(tmp_path, adapted(family), shared, loss_type, **settings)
+        engine.model.train()
+        batch = engine.data_collator([dict(row) for row in engine.train_dataset])
+        loss = engine.compute_loss(engine.model, batch)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in engine.model.parameters() if p.requires_grad])
+        metrics = {name: values[-1] for name, values in engine._metrics["train"].items()}
+        found.append((loss.item(), gradients, metrics))
+    (ours, our_gradient, our_metrics), (stock, stock_gradient, stock_metrics) = found
+    assert ours == pytest.approx(stock, abs=1e-5, rel=1e-5)
+    assert (our_gradient - stock_gradient).norm() / stock_gradient.norm() < 1e-4
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "entropy"):
+        assert our_metrics[name] == pytest.approx(stock_metrics[name], abs=1e-4), name
+    for name in ("rewards/accuracies", "mean_token_accuracy", "num_tokens"):
+        assert our_metrics[name] == pytest.approx(stock_metrics[name]), name
+
+
+def test_only_one_adapter_is_kept(tmp_path: Path) -> None:
+    """A "ref" adapter in a checkpoint makes transformers resume from the wrong weights."""
+    engine = trainer(tmp_path, adapted("Llama"), True, ["sigmoid"])
+    assert list(engine.model.peft_config) == ["default"]
+    assert not [name for name, _ in engine.model.named_parameters() if ".ref." in name]
+    assert engine.model.active_adapters == ["default"]
+
+
+def test_models_whose_attention_cannot_take_the_mask_are_recognised() -> None:
+    assert scoring.refuses_shared_prompt(tiny("Llama"), 100) is None
+    window = tiny("Mistral")
+    window.config.sliding_window = 16
+    assert "sliding window of 16 tokens is shorter" in str(scoring.refuses_shared_prompt(window, 100))
+    assert scoring.refuses_shared_prompt(window, 10) is None
+    strange = tiny("Llama")
+    strange.config.layer_types = ["linear_attention", "full_attention"]
+    assert "layers of the kind linear_attention" in str(scoring.refuses_shared_prompt(strange, 10))
+    flash = tiny("Llama")
+    flash.config._attn_implementation = "flash_attention_2"
+    assert "takes no mask" in str(scoring.refuses_shared_prompt(flash, 10))
+
+
+def test_tokens_are_those_of_trl(tiny_model: Path) -> None:
+    """The boundary between prompt and answer, and the end of the answer, as TRL's own preparation puts them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    user, yes, no = (
+        [{"role": r, "content": c}] for r, c in (("user", "Why?"), ("assistant", "So."), ("assistant", "N"))
+    )
+    pair = chat.encode_pair(tokenizer, user, yes, no, 64)
+    assert pair is not None
+    assert tokenizer.decode(pair["prompt_ids"]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(pair["chosen_ids"]) == "So.<|im_end|>\n"
+    room = len(pair["prompt_ids"]) + 2
+    cut = chat.encode_pair(tokenizer, user, yes, no, room)
+    assert cut is not None
+    assert (cut["prompt_ids"], cut["chosen_ids"]) == (pair["prompt_ids"], pair["chosen_ids"][:2])
+    assert chat.encode_pair(tokenizer, user, yes, no, len(pair["prompt_ids"])) is None
+
+
+def test_chatml_for_a_tokenizer_without_its_tokens(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.get_vocab = dict  # a vocabulary without <|im_end|>
+    chat.set_template(tokenizer, "chatml")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert rendered == "<|im_start|>user\nhi<|endoftext|>\n"
+
+
+KNOWN_LOSSES = {  # torchtune's test_dpo_loss.py: h = [0, 10, 20] at beta 0.1 and 0.5
+    ("sigmoid", 0.1): [0.693147, 0.313262, 0.126928],
+    ("sigmoid", 0.5): [0.693147, 0.006715, 0.000045],
+}
+
+
+@pytest.mark.parametrize(("loss", "beta"), KNOWN_LOSSES)
+def test_the_literatures_values(tmp_path: Path, loss: str, beta: float) -> None:
+    """TRL's loss on given log-probabilities, through the method that our forward replaces."""
+    policy = torch.tensor([[-0.5, -10.0, -1.0], [-0.1, -30.0, -21.0]])
+    reference = [[-0.5, -10.1, -0.1], [-0.1, -20.1, -0.1]]
+    engine = trainer(tmp_path, adapted("Llama"), True, [loss])
+    engine.beta = beta
+    for i, expected in enumerate(KNOWN_LOSSES[loss, beta]):
+        mask = torch.tensor([[0, 1], [0, 1]])
+        values = torch.stack([policy[0, i], policy[1, i]])[:, None]
+        engine._get_per_token_logps_and_entropies = lambda *_, v=values: (v, torch.zeros(2, 1), None)
+        batch = {
+            "input_ids": torch.zeros(2, 2, dtype=torch.long), "attention_mask": mask, "completion_mask": mask, "rows": {},
+            "ref_chosen_logps": torch.tensor([reference[0][i]]), "ref_rejected_logps": torch.tensor([reference[1][i]]),
+        }  # fmt: skip
+        assert engine.compute_loss(engine.model, batch).item() == pytest.approx(expected, abs=1e-6)
+    assert pytest.approx(math.log(2), abs=1e-6) == KNOWN_LOSSES[loss, beta][0]
