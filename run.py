@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace) -> None:
     """Check everything, then run the pipeline."""
-    document = _checked(options)
+    from preference_tuning import config
+
+    # Before zenml is imported: a typo is answered at once.
+    document = config.load(options.config, options.set).document
     import tempfile
 
     import yaml
@@ -73,19 +76,9 @@ def train(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Check everything and say what was found."""
-    _checked(options, say=True)
+    from preference_tuning import config, preflight
 
-
-def _checked(options: argparse.Namespace, say: bool = False) -> dict[str, object]:
-    from preference_tuning import config
-
-    run = config.load(options.config, options.set)
-    from preference_tuning import preflight
-
-    findings = preflight.check(run.config)
-    if say:
-        print(findings)
-    return run.document
+    print(preflight.check(config.load(options.config, options.set).config))
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from preference_tuning import fingerprint
+from preference_tuning import fingerprint, preflight
 from preference_tuning.config import (
     BaseModelConfig,
     DataConfig,
@@ -97,10 +97,10 @@ class CheckedPipeline(Pipeline):
     """A pipeline that reads its config with our loader first: ZenML ignores many unknown keys without a word."""
 
     def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
-        """Check the config, then let ZenML apply it."""
+        """Check the config and what it points to, then let ZenML apply it."""
         with told():
             if config_path := kwargs.get("config_path"):
-                load(Path(config_path))
+                print(preflight.check(load(Path(config_path)).config))
             return super().with_options(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+SHORT = 12
+"""Characters that a table never breaks."""
+
 Series = Sequence[tuple[float, float]]
 
 COLOURS = ("#2f6fde", "#e07b39", "#3a9d5d", "#9b59b6", "#b0413e", "#5f6b7a")
@@ -19,7 +22,7 @@ h1{font-size:24px;margin:0 0 4px}h2{font-size:17px;margin:32px 0 10px;border-bot
 .lead{color:#5f6b7a;margin:0 0 16px}
 table{border-collapse:collapse;width:100%;font-size:14px;margin:8px 0}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid #e9edf2;vertical-align:top;overflow-wrap:anywhere}
-th{color:#5f6b7a;font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th{color:#5f6b7a;font-weight:600}td.s,th.s{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:12px 0}
 .fact{background:#f5f7fa;border-radius:8px;padding:10px 12px}.fact b{display:block;font-size:19px;overflow-wrap:anywhere}
 .fact span{color:#5f6b7a;font-size:13px}
@@ -80,8 +83,13 @@ def facts(values: Mapping[str, object]) -> Html:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], numeric: bool = False) -> Html:
     """Return a table; with ``numeric``, all columns but the first are aligned as numbers."""
 
+    def cell(tag: str, place: int, value: object) -> str:
+        shown = text(value)
+        kind = " class=n" if numeric and place else " class=s" if len(shown) <= SHORT else ""
+        return f"<{tag}{kind}>{shown}</{tag}>"
+
     def cells(tag: str, row: Sequence[object]) -> str:
-        return "".join(f"<{tag}{' class=n' if numeric and i else ''}>{text(v)}</{tag}>" for i, v in enumerate(row))
+        return "".join(cell(tag, place, value) for place, value in enumerate(row))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return Html(f"<table><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table>")
@@ -146,13 +154,13 @@ def bars(title: str, values: Mapping[str, float], form: str = "{:g}", top: float
     if not values:
         return Html("")
     largest = top or max(values.values()) or 1.0
-    row, name_width = 22.0, 150.0
+    row, name_width = 22.0, 175.0
     room = WIDTH - name_width - 50
     parts = []
     for i, (colour, (name, value)) in enumerate(zip(_colours(len(values) <= 4), values.items(), strict=False)):
         y, w = i * row + 4, max(0.0, room * value / largest)
         parts.append(
-            f"<text x='{name_width - 6}' y='{y + 13}' text-anchor='end'>{text(name[:26])}</text>"
+            f"<text x='{name_width - 6}' y='{y + 13}' text-anchor='end'>{text(name if len(name) <= 28 else name[:27] + '…')}</text>"
             f"<rect x='{name_width}' y='{y}' width='{w:.1f}' height='{row - 6}' rx='2' fill='{colour}' opacity='.8'/>"
             f"<text x='{name_width + w + 5:.1f}' y='{y + 13}'>{text(form.format(value))}</text>"
         )

@@ -45,6 +45,7 @@ def register(
         run={"zenml_run": run.name, "zenml_run_id": run.id, "comet_experiment": run.comet.experiment_key},
     )
     registered = result.register(outcome, registry, rules)
+    result.track(outcome, registered)
     log_metadata(registered.metadata())
     if get_step_context().pipeline_run.config.model:
         log_metadata(metadata=registered.metadata(), infer_model=True)

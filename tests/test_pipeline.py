@@ -73,7 +73,7 @@ def test_artifacts_are_plain_files_without_pickles(finished: Finished) -> None:
 def test_comet_has_every_stage_in_one_experiment(finished: Finished) -> None:
     run = finished.run
     archives = list((finished.project.folder / "outputs" / "comet" / run["id"]).glob("*/*.zip"))
-    assert sorted(archive.parent.name for archive in archives) == ["dpo", "evaluation", "sft"]
+    assert sorted(archive.parent.name for archive in archives) == ["dpo", "evaluation", "register", "sft"]
     metrics: dict[tuple[str, int | None], float] = {}
     for archive in archives:
         with zipfile.ZipFile(archive) as opened:
@@ -117,6 +117,9 @@ def test_the_cache(finished: Finished) -> None:
     project.train()
     assert project.statuses() == cached
     assert len(manifests(project)) == 1
+    archives = project.folder.glob(f"outputs/comet/{project.last_run()['id']}/*/*.zip")
+    stages = {path.parent.name for path in archives}
+    assert stages == {"sft", "dpo", "evaluation", "register"}, "a cached run has its metrics too"
 
     project.train("run.yaml", "--set", "dpo.beta=0.2", "--set", "tracking.tags=[night]")
     ran = dict.fromkeys(("train_dpo", "evaluate"), "completed")

@@ -11,7 +11,7 @@ SHOWN = {
     "likelihood/accuracy_norm": "the same, per token",
     "nll/chosen": "loss on chosen answers, nats a token",
     "rewards/accuracies": "reward accuracy, against the model before it",
-    "rewards/margins": "reward margin",
+    "rewards/margins": "reward margin, beta times log-ratio",
     "nll/chosen_change": "change of the loss on chosen answers",
 }
 
@@ -32,7 +32,10 @@ def render(evaluation: Evaluation, scores: statistics.Scores) -> str:
         ),
         reports.section(
             "Models side by side",
-            reports.paragraph("Each figure with its 95 % interval, on the same held-out pairs; ties count as half."),
+            reports.paragraph(
+                "Each figure with its 95 % interval, on the same held-out pairs; ties count as half. Rewards are those "
+                f"of a model against the one before it, with beta {evaluation.beta:g} for DPO and 1 for SFT."
+            ),
             _figures(evaluation),
         ),
         reports.section("Per example", reports.charts(*_charts(evaluation, scores))),

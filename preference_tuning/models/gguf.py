@@ -7,6 +7,7 @@ rounded as they are: good for trying things out, no measure of the original mode
 
 import functools
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ def convert(path: Path, target: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    print(f"  converting {path.name} to safetensors, once (about 20 s) ...", file=sys.stderr)
     try:
         with _read_once():
             metadata = _metadata(path)

@@ -18,8 +18,8 @@ from preference_tuning.evaluation.job import BASE, Evaluation
 from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card
 from preference_tuning.registry.folder import FolderRegistry, Version
-from preference_tuning.tracking.comet import CometRun
-from preference_tuning.training.job import RECORD, TrainingRecord
+from preference_tuning.tracking.comet import Comet, CometRun
+from preference_tuning.training.job import METRICS, RECORD, TrainingRecord
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -105,6 +105,20 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
         verdict=verdict,
         champion=champion,
     )
+
+
+def track(result: Result, registered: Registered) -> None:
+    """Complete the run's Comet experiment: stages that came from the step cache, and what became of the result."""
+    spools = {stage: folder / METRICS for stage, folder in result.training.items()}
+    spools["evaluation"] = result.evaluation / evaluation_job.METRICS
+    for stage, spool in spools.items():
+        if not result.comet.has(stage):
+            tracker = Comet.start(result.comet, stage)
+            tracker.replay(spool)
+            tracker.end()
+    tracker = Comet.start(result.comet, "register")
+    tracker.log_others({f"registry/{name}": value for name, value in registered.metadata().items()})
+    tracker.end()
 
 
 def _check_evidence(result: Result, evaluation: Evaluation) -> None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from preference_tuning.evaluation.job import load_summary
+from preference_tuning.evaluation.job import Evaluation, load_summary
+from preference_tuning.evaluation.statistics import Figure
 from preference_tuning.registry.result import Registered, Result
 
 SAMPLE_WIDTH = 100
@@ -33,14 +34,12 @@ def render(result: Result, registered: Registered) -> str:
     return "\n".join(lines)
 
 
-def _table(models: dict[str, dict[str, object]] | object) -> str:
-    assert isinstance(models, dict)
+def _table(models: dict[str, dict[str, Figure]]) -> str:
     rows = {
         "finds the chosen answer likelier": "likelihood/accuracy",
         "the same, per token": "likelihood/accuracy_norm",
         "loss on chosen answers (nats a token)": "nll/chosen",
         "reward accuracy against the model before": "rewards/accuracies",
-        "reward margin": "rewards/margins",
     }
     header = f"{'held-out pairs':42}" + "".join(f"{name:>24}" for name in models)
     body = [
@@ -50,10 +49,7 @@ def _table(models: dict[str, dict[str, object]] | object) -> str:
     return "\n".join([header, *body])
 
 
-def _sample(evaluation: object) -> list[str]:
-    from preference_tuning.evaluation.job import Evaluation
-
-    assert isinstance(evaluation, Evaluation)
+def _sample(evaluation: Evaluation) -> list[str]:
     if not evaluation.samples:
         return []
     sample = evaluation.samples[0]

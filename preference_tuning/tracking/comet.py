@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from preference_tuning.config import TrackingConfig
 from preference_tuning.errors import ConfigError
-from preference_tuning.tracking.spool import Point
+from preference_tuning.tracking.spool import Point, read
 
 EXPERIMENT_KEY = re.compile(r"^[A-Za-z0-9]{32,50}$")
 COMET_URL = "https://www.comet.com"
@@ -29,6 +29,10 @@ class CometRun(BaseModel):
     config: TrackingConfig
     experiment_key: str
     folder: Path
+
+    def has(self, stage: str) -> bool:
+        """Return whether a stage wrote to the experiment."""
+        return (self.folder / stage).is_dir()
 
     def mode(self) -> str:
         """Return ``online``, ``offline`` or ``off``.
@@ -90,6 +94,11 @@ class Comet:
     def log_others(self, values: dict[str, Any]) -> None:
         """Send facts that are not numbers: hashes, the verdict, the version."""
         self._try(lambda experiment: experiment.log_others(values))
+
+    def replay(self, spool: Path) -> None:
+        """Send every point of a spool: of a stage that came from the step cache and did not run now."""
+        for point in read(spool):
+            self.log(point)
 
     def end(self) -> None:
         """Write the archive, or wait until everything is sent."""
