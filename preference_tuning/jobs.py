@@ -22,13 +22,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint
-from preference_tuning.errors import BY_EXIT_CODE, PreferenceTuningError
+from preference_tuning.errors import BY_EXIT_CODE, InterruptedJobError, PreferenceTuningError
 
 JOB, RESULT, ERROR, LOG, LOCK = "job.json", "result.json", "error.json", "job.log", ".lock"
 
 QUIET = {
     "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -102,9 +101,10 @@ def _run_child(module: str, folder: Path) -> int:
     try:
         return child.wait()
     except BaseException:
-        # Interrupted here: let the child save its checkpoint before the interruption goes on.
+        # Interrupted here: let the child save its checkpoint; its own account of it is the better one.
         child.send_signal(signal.SIGTERM)
-        child.wait()
+        if child.wait() == InterruptedJobError.exit_code:
+            return InterruptedJobError.exit_code
         raise
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
+from preference_tuning import fingerprint
 from preference_tuning.config import DataConfig
 from preference_tuning.data import prepare, table
 from steps.artifacts import DirectoryMaterializer
@@ -17,7 +18,8 @@ def load_preferences(
     data: DataConfig, source_fingerprint: str
 ) -> tuple[Annotated[Path, "dataset"], Annotated[HTMLString, "data_report"]]:
     """Read, check and split the preference data."""
-    folder = current_run().output_dir / "data" / source_fingerprint[:16]
+    identity = fingerprint.of_value([data.model_dump(mode="json"), source_fingerprint])
+    folder = current_run().output_dir / "data" / identity[:16]
     dataset = prepare.prepare(data, source_fingerprint, folder)
     log_metadata(dataset.manifest.model_dump(mode="json", exclude={"topics"}))
     return dataset.folder, HTMLString((dataset.folder / table.REPORT).read_text(encoding="utf-8"))

@@ -111,16 +111,19 @@ class Project:
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the project as a user would."""
-        settings = {
+        settings = {**self.environment(), **environment}
+        return subprocess.run(
+            [sys.executable, *command], cwd=self.folder, env=settings, capture_output=True, text=True, timeout=280
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the project's commands."""
+        return {
             **os.environ,
             "PYTHONPATH": str(self.folder),
             "ZENML_CONFIG_PATH": str(self.folder.parent / "zenml"),
             "TQDM_DISABLE": "1",
-            **environment,
         }
-        return subprocess.run(
-            [sys.executable, *command], cwd=self.folder, env=settings, capture_output=True, text=True, timeout=280
-        )
 
     def train(self, config: str = "run.yaml", *options: str) -> subprocess.CompletedProcess[str]:
         """Run the pipeline and expect it to succeed."""
@@ -128,26 +131,26 @@ class Project:
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def last_run(self) -> dict[str, Any]:
-        """Return what ZenML stored of the last run."""
-        script = """
+    def last_runs(self, count: int) -> list[dict[str, Any]]:
+        """Return what ZenML stored of the last runs, the newest first; in one process, because zenml imports slowly."""
+        script = f"""
 import json
 from zenml.client import Client
-client = Client()
-run = client.list_pipeline_runs(sort_by="desc:created", size=1, hydrate=True).items[0]
-steps = {n: {"status": s.status.value, "metadata": {k: str(v) for k, v in s.run_metadata.items()},
-             "outputs": {o: str(a[0].uri) for o, a in s.outputs.items()}} for n, s in run.steps.items()}
-print("\\n" + json.dumps({"id": run.id.hex, "name": run.name, "status": run.status.value, "steps": steps,
-                  "count": client.list_pipeline_runs().total}))
+runs = []
+for run in Client().list_pipeline_runs(sort_by="desc:created", size={count}, hydrate=True).items:
+    steps = {{n: {{"status": s.status.value, "metadata": {{k: str(v) for k, v in s.run_metadata.items()}},
+             "outputs": {{o: str(a[0].uri) for o, a in s.outputs.items()}}}} for n, s in run.steps.items()}}
+    runs.append({{"id": run.id.hex, "name": run.name, "status": run.status.value, "steps": steps}})
+print("\\n" + json.dumps(runs))
 """
         done = self.run("-c", script, ZENML_LOGGING_VERBOSITY="ERROR")
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
         return found
 
-    def statuses(self) -> dict[str, str]:
-        """Return the status of each step of the last run."""
-        return {name: step["status"] for name, step in self.last_run()["steps"].items()}
+    def last_run(self) -> dict[str, Any]:
+        """Return what ZenML stored of the last run."""
+        return self.last_runs(1)[0]
 
     def configure(self, change: Callable[[dict[str, Any]], None], name: str = "run.yaml") -> None:
         """Write the run config anew after ``change`` to its parameters."""
@@ -171,6 +174,11 @@ def make_project(folder: Path, model: Path, rows: int = 64) -> Project:
     document = {"parameters": tiny_parameters(model, data)}
     (project.folder / "run.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     return project
+
+
+def statuses(run: dict[str, Any]) -> dict[str, str]:
+    """Return the status of each step of a run."""
+    return {name: step["status"] for name, step in run["steps"].items()}
 
 
 @dataclass

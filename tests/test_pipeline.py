@@ -1,13 +1,18 @@
 """The whole pipeline in ZenML on the tiny model, started as a user starts it."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, Project, make_project, preference_rows, write_jsonl
+from conftest import Finished, Project, make_project, preference_rows, statuses, write_jsonl
 
 DPO_STEPS = {"load_preferences", "train_sft", "train_dpo", "evaluate", "register"}
 
@@ -112,38 +117,36 @@ def test_evaluation_really_happens_five_times(finished: Finished) -> None:
 def test_the_cache(finished: Finished) -> None:
     """Identical: cached. Another beta: DPO only. Another byte of data: everything. An edited trainer: training."""
     project = finished.project
-    cached = dict.fromkeys(DPO_STEPS, "cached") | {"register": "completed"}
+    trainer, data = project.folder / "preference_tuning/training/trainers.py", project.folder / "rows.jsonl"
 
+    def edited(path: Path, old: str, new: str, *options: str) -> None:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        project.train("run.yaml", *options)
+        path.write_text(text, encoding="utf-8")
+
+    sft_only = ("--set", "finetuning_type=sft")
     project.train()
-    assert project.statuses() == cached
-    assert len(manifests(project)) == 1
-    archives = project.folder.glob(f"outputs/comet/{project.last_run()['id']}/*/*.zip")
-    stages = {path.parent.name for path in archives}
-    assert stages == {"sft", "dpo", "evaluation", "register"}, "a cached run has its metrics too"
-
     project.train("run.yaml", "--set", "dpo.beta=0.2", "--set", "tracking.tags=[night]")
-    ran = dict.fromkeys(("train_dpo", "evaluate"), "completed")
-    assert project.statuses() == cached | ran
+    edited(trainer, "import itertools", "import itertools  # edited", *sft_only)
+    edited(data, "part 1.", "part 1!", *sft_only)
 
-    trainer = project.folder / "preference_tuning" / "training" / "trainers.py"
-    source = trainer.read_text(encoding="utf-8")
-    trainer.write_text(source + "\n# edited\n", encoding="utf-8")
-    project.train("run.yaml", "--set", "finetuning_type=sft")
-    trainer.write_text(source, encoding="utf-8")
-    assert project.statuses() == {
+    changed_data, changed_code, changed_beta, identical = project.last_runs(4)
+    cached = dict.fromkeys(DPO_STEPS, "cached") | {"register": "completed"}
+    assert statuses(identical) == cached
+    assert statuses(changed_beta) == cached | {"train_dpo": "completed", "evaluate": "completed"}
+    assert statuses(changed_code) == {
         "load_preferences": "cached",
         "train_sft": "completed",
         "evaluate": "completed",
         "register": "completed",
     }
-
-    data = project.folder / "rows.jsonl"
-    rows = data.read_text(encoding="utf-8")
-    data.write_text(rows.replace("part 1.", "part 1!", 1), encoding="utf-8")
-    project.train("run.yaml", "--set", "finetuning_type=sft")
-    data.write_text(rows, encoding="utf-8")
-    statuses = project.statuses()
-    assert (statuses["load_preferences"], statuses["train_sft"]) == ("completed", "completed")
+    assert statuses(changed_data) == dict.fromkeys(DPO_STEPS - {"train_dpo"}, "completed")
+    # A run from the cache is as complete as the first: its metrics are in Comet, and its result is the same version.
+    archives = project.folder.glob(f"outputs/comet/{identical['id']}/*/*.zip")
+    assert {path.parent.name for path in archives} == {"sft", "dpo", "evaluation", "register"}
+    versions = [run["steps"]["register"]["metadata"]["version"] for run in (identical, finished.run)]
+    assert versions[0] == versions[1]
 
 
 def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> None:
@@ -152,16 +155,15 @@ def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> N
     zenml = ("-c", "from zenml.cli.cli import cli; cli()", "pipeline", "run", "pipelines.training.training", "-c")
     done = project.run(*zenml, "sft.yaml")
     assert done.returncode == 0, done.stderr
-    statuses = project.statuses()
-    assert set(statuses) == DPO_STEPS - {"train_dpo"}, "the same steps without DPO"
-    assert (statuses["train_sft"], statuses["register"]) == ("cached", "completed")
-    before = project.last_run()["count"]
     project.configure(lambda parameters: parameters["dpo"].update(betta=1), "bad.yaml")
     done = project.run(*zenml, "bad.yaml")
     assert done.returncode == 2
     assert "did you mean 'beta'?" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
-    assert project.last_run()["count"] == before, "no run is created"
+    run = project.last_run()
+    assert run["status"] == "completed", "the bad config made no run"
+    assert set(run["steps"]) == DPO_STEPS - {"train_dpo"}, "the same steps without DPO"
+    assert statuses(run)["train_sft"] == "cached"
 
 
 def test_a_failing_job_ends_the_run_with_its_exit_code(finished: Finished) -> None:
@@ -223,6 +225,52 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "tracking",
     ]
     assert "64 pairs" in done.stdout
+
+
+@pytest.mark.faults
+def test_an_interrupted_run_saves_says_so_and_goes_on(finished: Finished) -> None:
+    """A scheduler's SIGTERM reaches the run alone; Ctrl-C reaches the run and its job at once."""
+    project = finished.project
+    project.configure(lambda p: p.update(finetuning_type="sft", sft={**p["sft"], "num_train_epochs": 20}), "long.yaml")
+    before = set(project.folder.glob("outputs/jobs/sft-*"))
+
+    def spooled() -> int:
+        spools = [job / "evidence" / "metrics.jsonl" for job in set(project.folder.glob("outputs/jobs/sft-*")) - before]
+        return sum(len(spool.read_text().splitlines()) for spool in spools if spool.is_file())
+
+    def interrupt(how: signal.Signals, after: int) -> None:
+        run = subprocess.Popen(
+            [sys.executable, "run.py", "train", "long.yaml"],
+            cwd=project.folder,
+            env=project.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        end = time.monotonic() + 120
+        while spooled() < after:
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        if how == signal.SIGINT:
+            os.killpg(run.pid, how)
+        else:
+            run.send_signal(how)
+        _, said = run.communicate(timeout=60)
+        assert run.returncode == 75, said
+        assert "the same command continues it" in said
+        assert "Traceback" not in said
+
+    interrupt(signal.SIGTERM, after=5)
+    interrupt(signal.SIGINT, after=spooled() + 20)
+    project.train("long.yaml")
+    done, *interrupted = project.last_runs(3)
+    for run in interrupted:
+        assert run["status"] != "completed"
+        assert "register" not in run["steps"]
+    assert done["status"] == "completed"
+    assert done["steps"]["train_sft"]["metadata"]["resumed_at"] != "[]"
 
 
 @pytest.mark.quickstart

@@ -112,7 +112,9 @@ def _load_with_transformers(
     config: BaseModelConfig, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     # Measured on a CPU: in bfloat16 eager attention is 1.6 times as fast as SDPA at the lengths of short answers; in
     # fp32 only SDPA gives the same gradients whatever the number of threads (eager's softmax does not).
     eager = device.type == "cpu" and dtype != torch.float32

@@ -63,6 +63,8 @@ class _Training:
             print("  warning: no checkpoint is intact; the stage starts over", file=sys.stderr)
 
         spool = Spool(self.evidence / jobs_of_training.METRICS, resume_at=resumed_at)
+        if checkpoint:
+            self.comet.replay(self.evidence / jobs_of_training.METRICS)
         metrics = callbacks.Metrics(job.stage, spool, self.comet, job.settings.logging_steps)
         clock, stop = callbacks.Clock.resumed(checkpoint), callbacks.Stop()
         shares = callbacks.Shares(job.settings.eval_steps, job.settings.save_steps)

@@ -107,7 +107,7 @@ class TrainingRecord(BaseModel):
 
     def summary(self) -> dict[str, Any]:
         """Return what the dashboard shows of it: figures, settings, hashes, durations."""
-        facts = self.model_dump(mode="json", exclude={"identity", "metrics", "reference", "versions", "resumed_at"})
+        facts = self.model_dump(mode="json", exclude={"identity", "metrics", "reference", "versions"})
         metrics = {f"held_out/{name}": value for name, value in self.metrics.items()}
         settings = {f"settings/{name}": str(value) for name, value in (self.identity.get(self.stage) or {}).items()}
         proof = {f"reference/{k}": v for k, v in self.reference.model_dump().items()} if self.reference else {}
