@@ -1,11 +1,12 @@
 """ZenML's own dashboard, on a run of ours."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 from zenml.client import Client
+from zenml.enums import ServerProviderType
+from zenml.zen_server.deploy.deployer import LocalServerDeployer
+from zenml.zen_server.deploy.deployment import LocalServerDeploymentConfig
+from zenml.zen_server.deploy.exceptions import ServerDeploymentError
 
 from preference_tuning.errors import PreferenceTuningError
 
@@ -18,20 +19,30 @@ def open_run(name: str | None, port: int) -> None:
     """
     run = _find(name)
     client = Client()
-    if client.zen_store.config.type == "sql":
-        zenml = Path(sys.executable).with_name("zenml")
-        command = [str(zenml), "login", "--local", "--port", str(port)]
-        environment = {**os.environ, "ZENML_AUTO_OPEN_DASHBOARD": "false"}
-        if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
-            raise PreferenceTuningError("ZenML's local server did not start; `zenml login --local` says why")
-        address = f"http://127.0.0.1:{port}"
-    else:
-        address = client.zen_store.url.rstrip("/")
+    local = client.zen_store.config.type == "sql"
+    address = _serve(port) if local else client.zen_store.url.rstrip("/")
     print(f"{address}/projects/{client.active_project.name}/runs/{run.id}")
-    print("stop the local server with: zenml logout --local")
+    if local:
+        print("the server goes on in the background; stop it with: zenml logout --local")
 
 
-def _find(name: str | None):  # type: ignore[no-untyped-def]  # a response model of ZenML
+def _serve(port: int) -> str:
+    """Start the local server in the background and return its address.
+
+    `zenml login --local` would also make every later run talk to it, and fail once it is gone; this leaves the
+    client on the database, which the server shows.
+    """
+    config = LocalServerDeploymentConfig(provider=ServerProviderType.DAEMON, port=port)
+    try:
+        server = LocalServerDeployer().deploy_server(config)
+    except ServerDeploymentError as error:
+        raise PreferenceTuningError(f"ZenML's local server did not start: {error}") from None
+    if server.status is None or not server.status.url:
+        raise PreferenceTuningError("ZenML's local server did not start; `zenml login --local` says why")
+    return server.status.url.rstrip("/")
+
+
+def _find(name: str | None) -> Any:
     client = Client()
     if name:
         try:
