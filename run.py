@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--no-cache", action="store_true", help="run every step, whatever is cached")
         verb.set_defaults(command=command)
     verb = commands.add_parser(
-        "dashboard", help="open ZenML's dashboard on a run", description="Start ZenML's dashboard."
+        "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
     verb.add_argument("run", nargs="?", metavar="RUN", help="name or id of a run; the last one without it")
     verb.add_argument("--port", type=int, default=8237)

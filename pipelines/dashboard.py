@@ -1,5 +1,8 @@
 """ZenML's own dashboard, on a run of ours."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from zenml.client import Client
@@ -12,34 +15,42 @@ from preference_tuning.errors import PreferenceTuningError
 
 
 def open_run(name: str | None, port: int) -> None:
-    """Start the local server unless the client already talks to one, and print the address of the run.
+    """Print the address of a run in the dashboard; serve it until Ctrl-C, unless the client already talks to a server.
 
     Raises:
         PreferenceTuningError: there is no such run, or the server does not start.
     """
     run = _find(name)
     client = Client()
-    local = client.zen_store.config.type == "sql"
-    address = _serve(port) if local else client.zen_store.url.rstrip("/")
-    print(f"{address}/projects/{client.active_project.name}/runs/{run.id}")
-    if local:
-        print("the server goes on in the background; stop it with: zenml logout --local")
+    page = f"/projects/{client.active_project.name}/runs/{run.id}"
+    if client.zen_store.config.type != "sql":
+        print(client.zen_store.url.rstrip("/") + page)
+        return
+    with _served(port) as address:
+        print(f"{address}{page}\nCtrl-C stops the dashboard", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            signal.pause()
 
 
-def _serve(port: int) -> str:
-    """Start the local server in the background and return its address.
+@contextmanager
+def _served(port: int) -> Iterator[str]:
+    """Serve the local database and give the address of the server.
 
-    `zenml login --local` would also make every later run talk to it, and fail once it is gone; this leaves the
-    client on the database, which the server shows.
+    `zenml login --local` would also make every later run talk to the server, and fail once it is gone; this leaves
+    the client on the database.
     """
-    config = LocalServerDeploymentConfig(provider=ServerProviderType.DAEMON, port=port)
+    deployer = LocalServerDeployer()
     try:
-        server = LocalServerDeployer().deploy_server(config)
+        server = deployer.deploy_server(LocalServerDeploymentConfig(provider=ServerProviderType.DAEMON, port=port))
     except ServerDeploymentError as error:
         raise PreferenceTuningError(f"ZenML's local server did not start: {error}") from None
     if server.status is None or not server.status.url:
         raise PreferenceTuningError("ZenML's local server did not start; `zenml login --local` says why")
-    return server.status.url.rstrip("/")
+    try:
+        yield server.status.url.rstrip("/")
+    finally:
+        deployer.remove_server()
 
 
 def _find(name: str | None) -> Any:

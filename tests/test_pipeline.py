@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,26 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "tracking",
     ]
     assert "64 pairs" in done.stdout
+
+
+def test_the_dashboard_shows_the_run_and_leaves_nothing_behind(finished: Finished) -> None:
+    project = finished.project
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "run.py", "dashboard", finished.run["name"], "--port", str(port)]
+    shown = subprocess.Popen(command, cwd=project.folder, env=project.environment(), stdout=subprocess.PIPE, text=True)
+    assert shown.stdout is not None
+    address = next(line for line in shown.stdout if line.startswith("http")).strip()
+    assert f"/runs/{finished.run['id'][:8]}" in address
+    with urllib.request.urlopen(address) as page:
+        assert page.status == 200
+    shown.send_signal(signal.SIGTERM)
+    assert shown.wait(30) == 0
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=2)
+    settings = (project.folder.parent / "zenml" / "config.yaml").read_text(encoding="utf-8")
+    assert "type: sql" in settings, "later runs do not depend on the server"
 
 
 @pytest.mark.faults
