@@ -116,11 +116,14 @@ class _Unexplained(logging.Filter):
         return not (record.exc_info and find(record.exc_info[1]))
 
 
+_unexplained = _Unexplained()
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """Turn our errors into a message and their exit code."""
     for handler in (*logging.getLogger().handlers, *logging.getLogger("zenml").handlers):
-        handler.addFilter(_Unexplained())
+        handler.addFilter(_unexplained)
     try:
         yield
     except Exception as error:

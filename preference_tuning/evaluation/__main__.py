@@ -65,8 +65,6 @@ class _Evaluating:
 
     def _as(self, name: str) -> Any:
         """Return a context in which the one set of weights is the model ``name``."""
-        if not self.job.adapters:
-            return nullcontext()
         if name == BASE:
             return self.model.disable_adapter()
         self.model.set_adapter(name)

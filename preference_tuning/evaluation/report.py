@@ -4,7 +4,7 @@ import itertools
 
 from preference_tuning import reports
 from preference_tuning.evaluation import statistics
-from preference_tuning.evaluation.job import BASE, Evaluation
+from preference_tuning.evaluation.job import Evaluation
 
 SHOWN = {
     "likelihood/accuracy": "finds the chosen answer likelier",
@@ -61,11 +61,7 @@ def _charts(evaluation: Evaluation, scores: statistics.Scores) -> list[reports.H
         f"{name} against {parent}": statistics.reward_margins(scores, name, parent).tolist()
         for parent, name in itertools.pairwise(names)
     }
-    per_token = {
-        name: (scores[f"{name}/chosen"] / scores["chosen_tokens"]).tolist()
-        for name in (BASE, *names[1:])
-        if name in names
-    }
+    per_token = {name: (scores[f"{name}/chosen"] / scores["chosen_tokens"]).tolist() for name in names}
     return [
         reports.bars("Finds the chosen answer likelier", accuracy, "{:.3f}", top=1.0),
         reports.histogram("Log-ratio margins of the pairs", margins, "nats"),

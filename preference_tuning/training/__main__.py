@@ -50,7 +50,8 @@ class _Training:
 
         job = self.job
         model = self._model()
-        train, held_out = self._rows("train", 2 if job.stage == "dpo" else 1), self._rows("held_out", 2)
+        answers = 2 if job.stage == "dpo" else 1
+        train, held_out = self._rows("train", answers), self._rows("held_out", answers)
         self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
         trainer = self._trainer(model, train.rows, held_out.rows)
         checkpoint, rejected = checkpoints.newest_good(self.folder / "checkpoints")

@@ -18,7 +18,6 @@ from preference_tuning.training import checkpoints
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
 
-SUMMARY_METRICS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 TIMING_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
 
 
@@ -52,7 +51,6 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, stage: str, spool: Spool, comet: Comet, every: int) -> None:
         self._stage, self._spool, self._comet, self._every = stage, spool, comet, every
-        self.last_evaluation: dict[str, float] = {}
 
     def on_log(
         self,
@@ -68,7 +66,6 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         evaluation = {k.removeprefix("eval_"): float(v) for k, v in logs.items() if _is_evaluation(k)}
         training = {k: float(v) for k, v in logs.items() if not k.startswith("eval_") and k not in TIMING_METRICS}
         if evaluation:
-            self.last_evaluation = evaluation
             self._send(state, {f"{self._stage}/eval/{k}": v for k, v in evaluation.items()})
         elif training and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
             self._send(state, {f"{self._stage}/train/{k}": v for k, v in training.items()})
