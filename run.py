@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command line: `train CONFIG`, `check CONFIG`, `dashboard [RUN]`."""
+"""The command line: `train CONFIG`, `check CONFIG`, `data CONFIG-OR-PATH`, `dashboard [RUN]`."""
 
 import argparse
 import os
@@ -45,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             verb.add_argument("--no-cache", action="store_true", help="run every step, whatever is cached")
         verb.set_defaults(command=command)
+    text = "read, check and split preference data, and report what is in it; nothing is trained"
+    verb = commands.add_parser("data", help=text, description=text)
+    verb.add_argument("what", metavar="CONFIG-OR-PATH", help="a run config (.yaml), a data file or folder, or a hub id")
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as data.held_out=0.1")
+    verb.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="save the rows, manifest, quarantine and report there")
+    verb.set_defaults(command=data)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -79,6 +86,13 @@ def check(options: argparse.Namespace) -> None:
     from preference_tuning import config, preflight
 
     print(preflight.check(config.load(options.config, options.set).config))
+
+
+def data(options: argparse.Namespace) -> None:
+    """Prepare the data of a config, or of a path alone, and say what is in it."""
+    from preference_tuning import inspection
+
+    print(inspection.inspect(options.what, options.set, options.out, options.json))
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -20,8 +20,9 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 
 from preference_tuning import config  # noqa: E402
-from preference_tuning.data import prepare, sources  # noqa: E402
-from preference_tuning.models import loading, rows  # noqa: E402
+from preference_tuning.data import job as data_job  # noqa: E402
+from preference_tuning.data import prepare  # noqa: E402
+from preference_tuning.models import chat, loading, rows  # noqa: E402
 from preference_tuning.models.source import locate  # noqa: E402
 from preference_tuning.training import arguments, trainers  # noqa: E402
 
@@ -30,10 +31,10 @@ def build(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return the loaded base and both trainers on one model."""
     run = config.load(ROOT / "configs" / "quickstart.yaml").config
     data = run.data.model_copy(update={"source": str(ROOT / run.data.source)})
-    dataset = prepare.prepare(data, sources.fingerprint_of(data), folder / "data")
+    dataset = prepare.prepare(data, data_job.fingerprints_of(data), folder / "data")
     base = loading.load_base(run.base_model, locate(run.base_model), ROOT / "outputs")
-    length = run.dpo.length(run.base_model)
-    tokens = rows.tokenise(dataset.path("train"), base.tokenizer, length, folder, answers=2).rows
+    room = chat.Room(run.dpo.length(run.base_model))
+    tokens = rows.tokenise(dataset.path("train"), base.tokenizer, room, folder, answers=2).rows
     nothing = [0.0] * len(tokens)
     tokens = tokens.add_column("ref_chosen_logps", nothing).add_column("ref_rejected_logps", nothing)
     model = loading.new_adapter(base, run.lora, seed=0)

@@ -27,7 +27,7 @@ from preference_tuning.config import (
     TrackingConfig,
     load,
 )
-from preference_tuning.data import sources
+from preference_tuning.data.job import fingerprints_of
 from preference_tuning.errors import find
 from preference_tuning.models.source import locate
 from steps.evaluate import evaluate
@@ -60,7 +60,10 @@ def _training(
     model: dict[str, Any] = {"base_model": base_model, "base_model_fingerprint": locate(base_model).fingerprint}
 
     dataset, _ = load_preferences.with_options(cache_policy=covering("preference_tuning.data"))(
-        data=data, source_fingerprint=sources.fingerprint_of(data)
+        data=data,
+        source_fingerprints=fingerprints_of(data),
+        max_length=dpo.length(base_model),
+        **model,
     )
     training = covering("preference_tuning.training")
     sft_adapter, sft_evidence, _ = train_sft.with_options(cache_policy=training)(

@@ -9,7 +9,8 @@ from preference_tuning.errors import ConfigError
 REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model", "dataset"]) -> str:
@@ -49,10 +50,19 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
 
 def download_model(repo_id: str, commit: str) -> Path:
     """Return the local folder of a model repository at ``commit``, downloading what is missing (no pickles)."""
+    return _download(repo_id, commit, MODEL_FILES)
+
+
+def download_tokenizer(repo_id: str, commit: str) -> Path:
+    """Return the local folder of a model repository at ``commit`` with everything but the weights."""
+    return _download(repo_id, commit, TOKENIZER_FILES)
+
+
+def _download(repo_id: str, commit: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"cannot download model {repo_id!r} at {commit}: {str(error).splitlines()[0]}") from None

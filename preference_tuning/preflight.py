@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from preference_tuning.config import RunConfig
-from preference_tuning.data import prepare
+from preference_tuning.data import findings, job
 from preference_tuning.errors import ConfigError, PreferenceTuningError
-from preference_tuning.models.source import locate
+from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
 
@@ -42,7 +42,23 @@ def _model(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    return f"{prepare.check(config.data)} pairs in {config.data.source}"
+    manifest = job.prepare(job.of_run(config, _found(config))).manifest
+    sft_rows = manifest.sft if manifest.sft is not None else manifest.train
+    config.sft.check_warmup("sft", sft_rows)
+    if config.finetuning_type == "dpo":
+        config.dpo.check_warmup("dpo", manifest.train)
+    left_out = f", {manifest.dropped} left out" if manifest.dropped else ""
+    told = [f"{manifest.train} training and {manifest.held_out} held-out pairs in {manifest.source}{left_out}"]
+    told += [f"{'':10}{f.level}: {f.message}" for f in (*manifest.findings, *findings.of_run(manifest, config))]
+    return "\n".join(told)
+
+
+def _found(config: RunConfig) -> ModelSource | None:
+    """Return the model, or None: its own check says that it is missing, and the data can still be read."""
+    try:
+        return locate(config.base_model)
+    except ConfigError:
+        return None
 
 
 def _outputs(config: RunConfig) -> str:

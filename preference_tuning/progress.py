@@ -6,7 +6,17 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(title: str, total: int, done: int = 0) -> "tqdm[Any]":
-    """Return a progress bar on stderr that is calm where the output is a file."""
+def bar(title: str, total: int, done: int = 0, unit: str = "it") -> "tqdm[Any]":
+    """Return a progress bar on stderr: calm where the output is a file, and not shown for what is done at once."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, initial=done, desc=f"  {title}", mininterval=interval, maxinterval=interval, leave=True)
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=f"  {title}",
+        unit=unit,
+        unit_scale=unit == "B",
+        mininterval=interval,
+        maxinterval=interval,
+        leave=True,
+        delay=1,
+    )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-SHORT = 12
+SHORT = 20
 """Characters that a table never breaks."""
 
 Series = Sequence[tuple[float, float]]
@@ -30,8 +30,11 @@ th{color:#5f6b7a;font-weight:600}td.s,th.s{white-space:nowrap}td.n,th.n{text-ali
 figure{margin:0}figcaption{font-weight:600;font-size:14px;margin-bottom:2px}svg{width:100%;height:auto;display:block}
 svg text{font:11px system-ui,'DejaVu Sans',sans-serif;fill:#5f6b7a}
 .key{font-size:12px;color:#5f6b7a}.key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 4px 0 10px}
-.badge{display:inline-block;border-radius:999px;padding:2px 12px;font-weight:600;color:#fff;background:#5f6b7a}
-.promote{background:#2e8b57}.hold{background:#b0413e}.inconclusive{background:#b7791f}
+.row{margin:10px 0;padding:8px 12px;background:#f5f7fa;border-radius:8px}.row b{font-size:13px;color:#5f6b7a}
+mark{background:none;color:inherit}mark.prompt{color:#5f6b7a}mark.chosen{background:#d7efdf}mark.rejected{background:#fbe3d3}
+mark.cut{color:#9aa5b1;text-decoration:line-through}mark.special{font-weight:700;outline:1px solid #c7d0da;border-radius:3px}
+.badge{display:inline-block;white-space:nowrap;border-radius:999px;padding:2px 12px;font-weight:600;color:#fff;background:#5f6b7a}
+.promote{background:#2e8b57}.hold{background:#b0413e}.inconclusive,.warning{background:#b7791f}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.45 ui-monospace,'DejaVu Sans Mono',monospace}
 """
 
@@ -100,6 +103,18 @@ def charts(*figures: Html) -> Html:
     return Html(f"<div class='charts'>{''.join(figures)}</div>")
 
 
+def marked_text(title: str, pieces: Iterable[tuple[str, str]]) -> Html:
+    """Return text in pieces, each ``(text, classes of its style)``, under a title."""
+    marks = "".join(f"<mark class='{text(classes)}'>{text(piece)}</mark>" for piece, classes in pieces)
+    return Html(f"<div class='row'><b>{text(title)}</b><pre>{marks}</pre></div>")
+
+
+def key(meanings: Mapping[str, str]) -> Html:
+    """Return what the styles of marked text stand for."""
+    marks = " ".join(f"<mark class='{text(style)}'>{text(words)}</mark>" for style, words in meanings.items())
+    return Html(f"<p>{marks}</p>")
+
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420.0, 220.0, 50.0, 12.0, 10.0, 34.0
 
 
@@ -126,12 +141,19 @@ def line_chart(title: str, lines: Mapping[str, Series], x_label: str = "step", l
     return _figure(title, "".join(parts), list(shown))
 
 
-def histogram(title: str, groups: Mapping[str, Sequence[float]], x_label: str, bins: int = 20) -> Html:
-    """Return overlaid histograms of one or more groups of values."""
+def histogram(
+    title: str,
+    groups: Mapping[str, Sequence[float]],
+    x_label: str,
+    bins: int = 20,
+    marks: Mapping[str, float] | None = None,
+) -> Html:
+    """Return overlaid histograms of one or more groups of values; ``marks`` are named limits, drawn as dashed lines."""
     values = [v for group in groups.values() for v in group]
     if not values:
         return Html("")
-    low, high = min(values), max(values)
+    limits = marks or {}
+    low, high = min(values), max(*values, *limits.values()) if limits else max(values)
     width = (high - low) / bins or 1.0
     counts = {
         name: [sum(min(int((v - low) / width), bins - 1) == i for v in group) for i in range(bins)]
@@ -146,6 +168,12 @@ def histogram(title: str, groups: Mapping[str, Sequence[float]], x_label: str, b
             x, y = plot.x(low + i * width), plot.y(count)
             w, h = round(plot.x(low + (i + 1) * width) - x - 0.5, 1), round(plot.y(0) - y, 1)
             parts.append(f"<rect x='{x}' y='{y}' width='{max(w, 0.5)}' height='{h}' fill='{colour}' opacity='.55'/>")
+    for name, limit in limits.items():
+        x = plot.x(limit)
+        parts.append(
+            f"<line x1='{x}' x2='{x}' y1='{TOP}' y2='{HEIGHT - BOTTOM}' stroke='#b0413e' stroke-dasharray='4 3'/>"
+            f"<text x='{x - 4}' y='{TOP + 10}' text-anchor='end'>{text(name)}</text>"
+        )
     return _figure(title, "".join(parts), list(groups))
 
 

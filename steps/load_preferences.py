@@ -1,4 +1,4 @@
-"""The first step: rows of a source become one checked, canonical, split dataset."""
+"""The first step: rows of the sources become one checked, canonical, split dataset."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,20 +6,32 @@ from typing import Annotated
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
-from preference_tuning import fingerprint
-from preference_tuning.config import DataConfig
-from preference_tuning.data import prepare, table
+from preference_tuning.config import BaseModelConfig, DataConfig
+from preference_tuning.data import findings, job, report
+from preference_tuning.models.source import locate
 from steps.artifacts import DirectoryMaterializer
 from steps.context import current_run
 
 
 @step(output_materializers={"dataset": DirectoryMaterializer})
 def load_preferences(
-    data: DataConfig, source_fingerprint: str
+    data: DataConfig,
+    source_fingerprints: list[str],
+    base_model: BaseModelConfig,
+    base_model_fingerprint: str,
+    max_length: int,
 ) -> tuple[Annotated[Path, "dataset"], Annotated[HTMLString, "data_report"]]:
-    """Read, check and split the preference data."""
-    identity = fingerprint.of_value([data.model_dump(mode="json"), source_fingerprint])
-    folder = current_run().output_dir / "data" / identity[:16]
-    dataset = prepare.prepare(data, source_fingerprint, folder)
-    log_metadata(dataset.manifest.model_dump(mode="json", exclude={"topics"}))
-    return dataset.folder, HTMLString((dataset.folder / table.REPORT).read_text(encoding="utf-8"))
+    """Read, check and split the preference data, in a process of its own."""
+    run = current_run()
+    tokens = job.Tokens(
+        base_model=base_model,
+        source=locate(base_model, expected=base_model_fingerprint),
+        max_length=max_length,
+        sft_length=base_model.max_seq_length,
+    )
+    work = job.DataJob(
+        config=data, fingerprints=source_fingerprints, tokens=tokens, output_dir=run.output_dir.absolute()
+    )
+    dataset = job.prepare(work, again=run.fresh)
+    log_metadata(dataset.manifest.metadata())
+    return dataset.folder, HTMLString(report.render(dataset, findings.of_run(dataset.manifest, run.config)))

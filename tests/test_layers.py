@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "preference_tuning"
 OWNERS = {
     "comet_ml": {"tracking/comet.py"},
+    "duckdb": {"data/across.py"},
     "huggingface_hub": {"hub.py"},
     "peft": {"models/loading.py"},
     "bitsandbytes": set(),
@@ -27,13 +28,14 @@ ROOMS = {
     "config": {"errors"},
     "hub": {"errors"},
     "jobs": {"errors", "fingerprint"},
-    "data": GROUND,
     "models": GROUND,
+    "data": GROUND | {"models"},
     "tracking": GROUND,
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
     "preflight": GROUND | {"data", "models", "tracking", "registry"},
+    "inspection": GROUND | {"data", "models"},
 }
 
 

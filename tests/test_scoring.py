@@ -213,15 +213,22 @@ def test_tokens_are_those_of_trl(tiny_model: Path) -> None:
     user, yes, no = (
         [{"role": r, "content": c}] for r, c in (("user", "Why?"), ("assistant", "So."), ("assistant", "N"))
     )
-    pair = chat.encode_pair(tokenizer, user, yes, no, 64)
-    assert pair is not None
-    assert tokenizer.decode(pair["prompt_ids"]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(pair["chosen_ids"]) == "So.<|im_end|>\n"
-    room = len(pair["prompt_ids"]) + 2
-    cut = chat.encode_pair(tokenizer, user, yes, no, room)
-    assert cut is not None
-    assert (cut["prompt_ids"], cut["chosen_ids"]) == (pair["prompt_ids"], pair["chosen_ids"][:2])
-    assert chat.encode_pair(tokenizer, user, yes, no, len(pair["prompt_ids"])) is None
+
+    def encoded(length: int) -> chat.Encoded | chat.Refused:
+        (row,) = chat.encode(tokenizer, [chat.Conversation(user, [yes, no])], chat.Room(length))
+        return row
+
+    pair = encoded(64)
+    assert isinstance(pair, chat.Encoded)
+    assert tokenizer.decode(pair.prompt_ids) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(pair.answer_ids[0]) == "So.<|im_end|>\n"
+    assert chat.encode_prompt(tokenizer, user) == pair.prompt_ids
+    cut = encoded(len(pair.prompt_ids) + 2)
+    assert isinstance(cut, chat.Encoded)
+    assert (cut.prompt_ids, cut.answer_ids[0]) == (pair.prompt_ids, pair.answer_ids[0][:2])
+    refused = encoded(len(pair.prompt_ids))
+    assert isinstance(refused, chat.Refused)
+    assert refused.problem == "long_prompt"
 
 
 def test_chatml_for_a_tokenizer_without_its_tokens(tiny_model: Path) -> None:

@@ -16,7 +16,8 @@ from conftest import preference_rows, tiny_parameters, write_jsonl
 
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import RunConfig, TrackingConfig
-from preference_tuning.data import prepare, sources
+from preference_tuning.data import job as data_job
+from preference_tuning.data import prepare
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError
 from preference_tuning.models.source import locate
@@ -36,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Run
     parameters = tiny_parameters(tiny_model, data)
     parameters["dpo"]["num_train_epochs"] = 1
     config = RunConfig.model_validate(parameters)
-    dataset = prepare.prepare(config.data, sources.fingerprint_of(config.data), folder / "data")
+    dataset = prepare.prepare(config.data, data_job.fingerprints_of(config.data), folder / "data")
     return config, dataset
 
 

@@ -3,16 +3,20 @@
 Imports neither torch nor zenml, so that a typo is answered at once.
 """
 
-from preference_tuning.config.loading import RunFile, load
+from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.schema import (
     BaseModelConfig,
     DataConfig,
     DPOConfig,
     EvaluationConfig,
     LoraConfig,
+    Origin,
+    Problems,
     RegistryConfig,
     RunConfig,
     SFTConfig,
+    SFTSourceConfig,
+    SourceConfig,
     StageConfig,
     TrackingConfig,
 )
@@ -23,11 +27,16 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LoraConfig",
+    "Origin",
+    "Problems",
     "RegistryConfig",
     "RunConfig",
     "RunFile",
     "SFTConfig",
+    "SFTSourceConfig",
+    "SourceConfig",
     "StageConfig",
     "TrackingConfig",
     "load",
+    "load_data",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from preference_tuning.config.schema import RunConfig, Section
+from preference_tuning.config.schema import DataConfig, RunConfig, Section
 from preference_tuning.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -84,6 +84,25 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     if document.problems or config is None:
         raise ConfigError(_message(document))
     return RunFile(config, document.values)
+
+
+def load_data(source: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """Return the config of a data source that stands alone, with ``overrides`` such as ``data.held_out=0.1`` applied.
+
+    Raises:
+        ConfigError: as ``load``.
+    """
+    document = _Document("the command line")
+    # A run config needs a base model; this one is never looked at.
+    document.values = {"parameters": {"base_model": {"source": "none"}, "data": {"source": source}}}
+    for override in overrides:
+        if not override.startswith("data."):
+            document.problems.append(("--set", override, "without a run config only data.NAME=VALUE can be set"))
+        _apply(document, override)
+    config = _validate(document)
+    if document.problems or config is None:
+        raise ConfigError(_message(document))
+    return config.data
 
 
 def _message(document: _Document) -> str:

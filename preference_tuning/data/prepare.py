@@ -1,222 +1,201 @@
-"""From a source to a canonical dataset: check every row, drop what teaches nothing, split by prompt."""
+"""From sources to a canonical dataset in two passes over the disk: memory does not grow with the rows.
 
-import hashlib
+The first pass (``reading``) makes checked pairs and their keys; ``across`` and ``near`` compare the keys; the second
+pass (``splitting``) writes what stays to its side of the split and measures it.
+"""
+
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from preference_tuning import fingerprint, jobs
-from preference_tuning.config import DataConfig
-from preference_tuning.data import report, sources, table
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preference_tuning import jobs
+from preference_tuning.config import DataConfig, SourceConfig
+from preference_tuning.data import findings, formats, lengths, report, sft, shown, splitting, table
+from preference_tuning.data.across import PROBLEMS, Across, engine
+from preference_tuning.data.content import TextRules
+from preference_tuning.data.conversion import Format
+from preference_tuning.data.ledger import GOES_ON, Ledger
+from preference_tuning.data.lengths import TokenRules
+from preference_tuning.data.measures import Measures
+from preference_tuning.data.near import NearDuplicates
+from preference_tuning.data.reading import KEYS, SPOOL, Reader, Spooled
 from preference_tuning.errors import DataError
 
-SHOWN_PROBLEMS = 10
-PROMPT_ENDS = ("user", "tool")
-ROLES = ("system", "user", "assistant", "tool")
-
-Messages = list[dict[str, str]]
+SAMPLE = 20_000
+"""Pairs whose lengths are measured in tokens."""
 
 
-class _RowError(ValueError):
-    """A row that cannot be used; the message says why."""
+def prepare(
+    config: DataConfig, fingerprints: Sequence[str], folder: Path, tokens: TokenRules | None = None
+) -> table.Dataset:
+    """Write the canonical dataset of the config's sources to ``folder`` and return it.
 
-
-def prepare(config: DataConfig, source_fingerprint: str, folder: Path) -> table.Dataset:
-    """Write the canonical dataset of a source to ``folder`` and return it.
+    Args:
+        config: the sources, and what to do with rows that have a problem.
+        fingerprints: of each source, and last of the SFT source if there is one; a hub id is read at that commit.
+        folder: where the dataset goes; whole, or not at all. What was left out goes beside it if the data is refused.
+        tokens: what the rows are measured with; None leaves everything that is counted in tokens unchecked.
 
     Raises:
-        DataError: rows are missing, blank or of the wrong shape (all named), or too many teach nothing.
+        DataError: a source cannot be read, too many rows cannot be used, or a side of the split is empty.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    beside = folder.with_name(table.QUARANTINE)
+    beside.unlink(missing_ok=True)
     try:
-        manifest = _write(config, source_fingerprint, aside)
-        jobs.write_json(aside / table.MANIFEST, manifest.model_dump(mode="json"))
-        jobs.write_text(aside / table.REPORT, report.render(manifest, table.Dataset(aside)))
+        _Preparing(config, fingerprints, aside, tokens).run()
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+    except DataError as error:
+        quarantine = aside / table.QUARANTINE
+        if not quarantine.is_file() or not quarantine.stat().st_size:
+            raise
+        quarantine.rename(beside)
+        raise DataError(f"{error}\nthe rows left out, each with its problem: {beside}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return table.Dataset(folder)
 
 
-def check(config: DataConfig) -> int:
-    """Read and check every row without writing anything; return how many pairs there are.
+class _Preparing:
+    """One dataset on its way; ``work`` holds what is needed only until it is done."""
 
-    Raises:
-        DataError: as ``prepare``.
-    """
-    return sum(1 for _ in _pairs(config, None))
+    def __init__(
+        self, config: DataConfig, fingerprints: Sequence[str], folder: Path, tokens: TokenRules | None
+    ) -> None:
+        self.config, self.fingerprints, self.folder, self.tokens = config, fingerprints, folder, tokens
+        self.work = folder / "work"
+        self.work.mkdir()
+        self.text = tokens.text_rules() if tokens else TextRules()
+        self.ledger = Ledger(config.problems, folder / table.QUARANTINE)
+        self.measures = Measures()
+        policies = config.problems.model_dump()
+        self.dropped = [problem for problem in PROBLEMS if problem and policies[problem] not in GOES_ON]
 
+    def run(self) -> None:
+        origins = self.config.all_sources()
+        with self.ledger:
+            reader = Reader(self.config, self.work, self.ledger, self.text, self.tokens)
+            spooled = reader.read(origins, self.fingerprints[: len(origins)], self._recognise)
+            self._check(spooled)
+            with engine(self.work) as connection:
+                manifest = self._compare(spooled, connection)
+        self._finish(manifest)
 
-def _write(config: DataConfig, source_fingerprint: str, folder: Path) -> table.Manifest:
-    writers = {split: table.Writer(folder / f"{split}.arrow") for split in table.SPLITS}
-    counts = _Counts()
-    hashes: list[str] = []
-    with (folder / table.QUARANTINE).open("w", encoding="utf-8") as quarantine:
-        seen: set[str] = set()
-        for row in _pairs(config, source_fingerprint):
-            content = fingerprint.of_value([row["prompt"], row["chosen"], row["rejected"]])
-            if reason := _teaches_nothing(row, content, seen):
-                counts.dropped[reason] += 1
-                quarantine.write(json.dumps({"reason": reason, **row}, ensure_ascii=False) + "\n")
-                continue
-            seen.add(content)
-            split = "held_out" if _is_held_out(row["group"], config) else "train"
-            writers[split].add(row)
-            hashes.append(f"{split} {content}")
-            counts.add(row)
-    for writer in writers.values():
-        writer.close()
-    _check_counts(config, counts, {split: writer.count for split, writer in writers.items()})
-    return table.Manifest(
-        fingerprint=fingerprint.of_value(sorted(hashes)),
-        source=config.source,
-        source_fingerprint=source_fingerprint,
-        rows_in=counts.rows + counts.dropped.total(),
-        train=writers["train"].count,
-        held_out=writers["held_out"].count,
-        dropped=dict(counts.dropped),
-        prompts=len(counts.groups),
-        seed=config.seed,
-        held_out_share=config.held_out,
-        chosen_longer=counts.chosen_longer / counts.rows,
-        mean_characters={name: total / counts.rows for name, total in counts.characters.items()},
-        topics=dict(counts.topics.most_common()),
-    )
+    def _compare(self, spooled: Spooled, connection: Any) -> table.Manifest:
+        across = Across(connection, self.work / KEYS, sum(source.pairs for source in spooled.sources))
+        across.keep_without(problem for problem in self.dropped if problem != "near_duplicate")
+        near = self._near_duplicates(across)
+        across.keep_without(self.dropped)
+        problems, sample = across.problems(), across.sample(SAMPLE)
+        sizes = splitting.split(self.work / SPOOL, self.folder, self.work, problems, sample, self.ledger, self.measures)
+        self._check(spooled)
+        self._check_sides(spooled, sizes, across.prompts())
+        return self._manifest(spooled, sizes, across, near, self._answers())
 
+    def _recognise(self, source: SourceConfig, name: str, rows: list[dict[str, Any]]) -> Format:
+        return formats.recognise(source, self.config.pairing, name, rows)
 
-class _Counts:
-    def __init__(self) -> None:
-        self.rows = 0
-        self.chosen_longer = 0
-        self.dropped: Counter[str] = Counter()
-        self.characters: Counter[str] = Counter()
-        self.topics: Counter[str] = Counter()
-        self.groups: set[str] = set()
+    def _check(self, spooled: Spooled) -> None:
+        self.ledger.check(_names(spooled), spooled.pairs, self.config.max_dropped)
 
-    def add(self, row: dict[str, Any]) -> None:
-        lengths = {name: sum(len(m["content"]) for m in row[name]) for name in ("prompt", "chosen", "rejected")}
-        self.rows += 1
-        self.chosen_longer += lengths["chosen"] > lengths["rejected"]
-        self.characters.update(lengths)
-        self.groups.add(row["group"])
-        if row["topic"]:
-            self.topics[row["topic"]] += 1
+    def _near_duplicates(self, across: Across) -> int | None:
+        if not self.config.near_duplicates:
+            return None
+        similarity = self.config.near_duplicate_similarity
+        return NearDuplicates(across, self.work / SPOOL, self.work, similarity).find()
 
-
-def _check_counts(config: DataConfig, counts: _Counts, sizes: dict[str, int]) -> None:
-    lost, total = counts.dropped.total(), counts.rows + counts.dropped.total()
-    if total == 0:
-        raise DataError(f"{config.source}: there are no rows")
-    if lost / total > config.max_dropped:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.most_common())
+    def _check_sides(self, spooled: Spooled, sizes: Mapping[str, int], prompts: int) -> None:
+        if all(sizes.values()):
+            return
+        how = "the source's own split" if spooled.own_split else f"data.held_out (now {self.config.held_out:g})"
         raise DataError(
-            f"{config.source}: {lost} of {total} rows teach nothing ({reasons}), more than data.max_dropped = "
-            f"{config.max_dropped:g} allows; mend the data, or raise the limit"
-        )
-    if not all(sizes.values()):
-        raise DataError(
-            f"{config.source}: {len(counts.groups)} different prompts split into {sizes['train']} training and "
-            f"{sizes['held_out']} held-out pairs, and neither side may be empty; give more prompts, or another "
-            f"data.held_out (now {config.held_out:g})"
+            f"{_names(spooled)}: {prompts} different prompts split into {sizes['train']} training and "
+            f"{sizes['held_out']} held-out pairs, and neither side may be empty; give more prompts, or change {how}"
         )
 
+    def _answers(self) -> sft.Answers | None:
+        if self.config.sft_source is None:
+            return None
+        tokens = self.tokens.for_sft() if self.tokens else None
+        return sft.prepare(self.config, self.fingerprints[-1], self.folder, self.work, self.text, tokens)
 
-def _is_held_out(group: str, config: DataConfig) -> bool:
-    """Decide by a keyed hash of the prompt, so that equal prompts stay together and new rows never move old ones."""
-    key = config.seed.to_bytes(8, "big", signed=False) if config.seed < 2**64 else str(config.seed).encode()[:64]
-    digest = hashlib.blake2b(group.encode(), key=key, digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < config.held_out
+    def _manifest(
+        self, spooled: Spooled, sizes: Mapping[str, int], across: Across, near: int | None, answers: sft.Answers | None
+    ) -> table.Manifest:
+        config, tokens = self.config, self.tokens
+        content, split = across.fingerprints(*([answers.content] if answers else []))
+        cuts = tokens.cuts if tokens else lengths.Cuts()
+        measured = self._measure()
+        prompts, bias, pairs = across.prompts(), self.measures.bias(), sum(sizes.values())
+        return table.Manifest(
+            fingerprint=content,
+            split_fingerprint=split,
+            sources=spooled.sources,
+            sft_source=answers.source if answers else None,
+            rows_in=spooled.rows,
+            pairs=spooled.pairs,
+            **sizes,
+            sft=answers.rows if answers else None,
+            prompts=prompts,
+            problems=sorted(self.ledger.counts.values(), key=lambda count: -count.rows),
+            sft_problems=answers.problems if answers else [],
+            findings=list(findings.of_set(bias, near, prompts, cuts, pairs)),
+            seed=config.seed,
+            held_out_share=None if spooled.own_split else config.held_out,
+            length_bias=bias,
+            unit="tokens" if tokens else "characters",
+            sampled=len(measured["prompt"]),
+            lengths={name: _quantiles(values) for name, values in measured.items()},
+            max_length=tokens.room.max_length if tokens else None,
+            max_prompt_length=config.max_prompt_length,
+            keep_end=config.problems.long_prompt == "keep_end",
+            prompts_cut=cuts.prompts,
+            answers_cut=cuts.answers,
+            sft_answers_cut=cuts.sft_answers,
+            topics=self.measures.named("topic"),
+            by_source=self.measures.named("source"),
+            near_duplicate_prompts=near,
+        )
 
+    def _measure(self) -> dict[str, list[int]]:
+        """Measure the sample, keep the lengths beside the dataset, and return them."""
+        measured: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+        for batch in table.read_batches(self.work / splitting.SAMPLE_FILE):
+            for side, values in lengths.measure(batch.to_pylist(), self.tokens).items():
+                measured[side] += values
+        pq.write_table(
+            pa.table({side: pa.array(values, pa.int32()) for side, values in measured.items()}),
+            self.folder / table.LENGTHS,
+        )
+        return measured
 
-def _teaches_nothing(row: dict[str, Any], content: str, seen: set[str]) -> str | None:
-    if row["chosen"] == row["rejected"]:
-        return "chosen equals rejected"
-    return "exact duplicate" if content in seen else None
-
-
-def _pairs(config: DataConfig, commit: str | None) -> Iterator[dict[str, Any]]:
-    """Yield canonical rows; a wrong row does not stop the reading, so that all of them are named at once."""
-    problems: list[str] = []
-    total = 0
-    for number, row in sources.read(config, commit):
-        if total == 0:
-            _check_columns(config, row)
-        total += 1
-        try:
-            pair = _canonical(config, number, row)
-        except _RowError as bad:
-            problems.append(f"row {number}: {bad}")
-            continue
-        if not problems:
-            yield pair
-    if total == 0:
-        raise DataError(f"{config.source}: there are no rows")
-    if problems:
-        shown = [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        more = [f"  ... and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        raise DataError("\n".join([f"{config.source}: {len(problems)} of {total} rows cannot be used", *shown, *more]))
-
-
-def _check_columns(config: DataConfig, row: dict[str, Any]) -> None:
-    columns = config.columns.model_dump()
-    missing = {field: name for field, name in columns.items() if name not in row}
-    if missing:
-        wanted = ", ".join(f"{name!r} (data.columns.{field})" for field, name in missing.items())
-        there = ", ".join(repr(name) for name in row)
-        raise DataError(f"{config.source}: there is no column {wanted}; the columns are {there}")
-
-
-def _canonical(config: DataConfig, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    prompt = _messages(row, config.columns.prompt, "user")
-    if prompt[-1]["role"] not in PROMPT_ENDS:
-        raise _RowError(f"{config.columns.prompt}: must end with a user turn, not {prompt[-1]['role']}")
-    answers = {name: _answer(row, getattr(config.columns, name), prompt) for name in ("chosen", "rejected")}
-    topic = row.get("topic")
-    group = fingerprint.of_value([[m["role"], " ".join(m["content"].casefold().split())] for m in prompt])[:32]
-    return {
-        "prompt": prompt,
-        **answers,
-        "topic": topic if isinstance(topic, str) else None,
-        "group": group,
-        "row": number,
-    }
-
-
-def _answer(row: dict[str, Any], column: str, prompt: Messages) -> Messages:
-    messages = _messages(row, column, "assistant")
-    if messages[: len(prompt)] == prompt:
-        messages = messages[len(prompt) :]
-    if not messages or any(message["role"] != "assistant" for message in messages):
-        raise _RowError(f"{column}: must be an assistant's answer to the prompt")
-    return messages
+    def _finish(self, manifest: table.Manifest) -> None:
+        jobs.write_json(self.folder / table.MANIFEST, manifest.model_dump(mode="json"))
+        dataset = table.Dataset(self.folder)
+        rows = [
+            row
+            for side in table.SPLITS
+            for row in shown.show(list(islice(dataset.rows(side), shown.SHOWN // 2)), side, self.tokens)
+        ]
+        jobs.write_text(self.folder / table.SHOWN, json.dumps([row.model_dump() for row in rows], ensure_ascii=False))
+        shutil.rmtree(self.work)
+        jobs.write_text(self.folder / table.REPORT, report.render(dataset))
 
 
-def _messages(row: dict[str, Any], column: str, role: str) -> Messages:
-    value = row.get(column)
-    if value is None:
-        raise _RowError(f"{column}: is missing or null")
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise _RowError(f"{column}: must be text or a list of messages, not {type(value).__name__}")
-    return [_message(message, column) for message in value]
+def _names(spooled: Spooled) -> str:
+    return ", ".join(source.name for source in spooled.sources)
 
 
-def _message(message: Any, column: str) -> dict[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise _RowError(f"{column}: a message needs a role and a text content")
-    if message.get("role") not in ROLES:
-        raise _RowError(f"{column}: unknown role {message.get('role')!r}; known: {', '.join(ROLES)}")
-    if not message["content"].strip():
-        raise _RowError(f"{column}: is blank")
-    try:
-        message["content"].encode("utf-8")
-    except UnicodeEncodeError:
-        raise _RowError(f"{column}: has half of a surrogate pair, which is no text") from None
-    return {"role": message["role"], "content": message["content"]}
+def _quantiles(values: Sequence[int]) -> table.Lengths:
+    median, p95 = np.percentile(values, [50, 95]) if values else (0.0, 0.0)
+    return table.Lengths(median=float(median), p95=float(p95), longest=max(values, default=0))

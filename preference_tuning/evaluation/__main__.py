@@ -42,7 +42,7 @@ class _Evaluating:
 
         job = self.job
         held_out = job.data / "held_out.arrow"
-        tokens = rows.tokenise(held_out, self.base.tokenizer, job.max_length, self.evidence.parent, answers=2)
+        tokens = rows.tokenise(held_out, self.base.tokenizer, job.room, job.output_dir / "tokens", answers=2)
         scores = self._score(tokens.rows)
         self._write_scores(scores)
         models = self._figures(scores)
@@ -72,12 +72,14 @@ class _Evaluating:
 
     def _score(self, rows: Any) -> dict[str, statistics.Array]:
         import numpy as np
+        import pyarrow.compute as pc
 
         from preference_tuning.models import scoring
 
         refusal = scoring.refuses_shared_prompt(self.model, max(rows["length"]))
         names = [BASE, *self.job.adapters]
-        scores = {f"{side}_tokens": np.array([float(len(r)) for r in rows[f"{side}_ids"]]) for side in SIDES}
+        lengths = {side: pc.list_value_length(rows.data.column(f"{side}_ids")).to_numpy() for side in SIDES}
+        scores = {f"{side}_tokens": lengths[side].astype(np.float64) for side in SIDES}
         with bar("scoring", len(names) * len(rows)) as progress:
             for name in names:
                 values = np.full((len(rows), 2), np.nan)
@@ -127,7 +129,7 @@ class _Evaluating:
         with bar("answering", len(names) * count) as progress:
             for name in names:
                 with self._as(name):
-                    answers[name] = self._answer([row["prompt"] for row in chosen])
+                    answers[name] = self._answer(chosen)
                 progress.update(count)
         return [
             Sample(
@@ -138,14 +140,17 @@ class _Evaluating:
             for i, row in enumerate(chosen)
         ]
 
-    def _answer(self, prompts: list[list[dict[str, str]]]) -> list[str]:
-        """Return greedy answers to a batch of prompts."""
+    def _answer(self, pairs: list[dict[str, Any]]) -> list[str]:
+        """Return greedy answers to the prompts of a batch of pairs."""
         import torch
 
         from preference_tuning.models import chat
 
         tokenizer, device = self.base.tokenizer, self.base.device
-        encoded = [chat.encode_prompt(tokenizer, prompt) for prompt in prompts]
+        encoded = [
+            chat.encode_prompt(tokenizer, chat.read_messages(pair["prompt"]), chat.read_tools(pair["tools"]))
+            for pair in pairs
+        ]
         width = max(map(len, encoded))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(e)) + e for e in encoded], device=device)
         mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=device)

@@ -12,6 +12,7 @@ from preference_tuning.config import BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import statistics
 from preference_tuning.evaluation.gate import Verdict
+from preference_tuning.models.chat import Room
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
@@ -34,12 +35,20 @@ class EvaluationJob(BaseModel):
     adapter_hashes: dict[str, str]
     beta: float
     max_length: int
+    max_prompt_length: int | None
+    keep_end: bool
     output_dir: Path
     comet: CometRun
+
+    @property
+    def room(self) -> Room:
+        """How long a row may be, in tokens."""
+        return Room(self.max_length, self.max_prompt_length, self.keep_end)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two evaluations the same work."""
         names = {"base_model", "config", "data_fingerprint", "adapter_hashes", "beta", "max_length"}
+        names |= {"max_prompt_length", "keep_end"}
         return {
             **self.model_dump(mode="json", include=names),
             "base_model_fingerprint": self.source.fingerprint,
@@ -110,7 +119,9 @@ def from_artifacts(
         source=source,
         config=config,
         data=dataset.folder.absolute(),
-        data_fingerprint=dataset.manifest.fingerprint,
+        data_fingerprint=dataset.manifest.split_fingerprint,
+        max_prompt_length=dataset.manifest.max_prompt_length,
+        keep_end=dataset.manifest.keep_end,
         adapters={name: folder.absolute() for name, folder in adapters.items()},
         adapter_hashes={name: fingerprint.of_directory(folder) for name, folder in adapters.items()},
         output_dir=output_dir.absolute(),

@@ -17,6 +17,11 @@ from typing import Any
 from preference_tuning.errors import ConfigError
 
 
+def folder(output_dir: Path, fingerprint: str) -> Path:
+    """Return where the conversion of the file with this content hash is kept."""
+    return output_dir / "models" / fingerprint[:16]
+
+
 def convert(path: Path, target: Path) -> Path:
     """Write the model of a GGUF file as safetensors to ``target`` unless it is there, and return ``target``.
 
@@ -26,28 +31,58 @@ def convert(path: Path, target: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     print(f"  converting {path.name} to safetensors, once (about 20 s) ...", file=sys.stderr)
-    try:
-        with _read_once():
-            metadata = _metadata(path)
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
-        raise ConfigError(f"base_model.source: cannot read {path}: {error}") from None
-    _repair(tokenizer, metadata, path)
+    with _told(path), _read_once():
+        tokenizer = _tokenizer(path)
+        read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     # save_pretrained refuses a model that remembers coming from a quantised file.
     del read.config.quantization_config
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config = read.generation_config
+    return _write(target, tokenizer, model.to(torch.bfloat16))
 
+
+def convert_tokenizer(path: Path, target: Path) -> Path:
+    """Return a folder with the tokenizer of a GGUF file: that of the whole conversion if it is there, else its own.
+
+    Raises:
+        ConfigError: as ``convert``.
+    """
+    own = target.with_name(f"{target.name}-tokenizer")
+    for there in (target, own):
+        if (there / "tokenizer_config.json").is_file():
+            return there
+    with _told(path), _read_once():
+        return _write(own, _tokenizer(path))
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
+        raise ConfigError(f"base_model.source: cannot read {path}: {error}") from None
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    metadata = _metadata(path)
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    _repair(tokenizer, metadata, path)
+    return tokenizer
+
+
+def _write(target: Path, *parts: Any) -> Path:
+    """Save a tokenizer, and a model if there is one, so that ``target`` is there whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    model.to(torch.bfloat16).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
+    for part in parts:
+        part.save_pretrained(aside)
     try:
         aside.rename(target)
     except OSError:

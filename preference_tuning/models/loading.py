@@ -14,6 +14,7 @@ from preference_tuning.config import BaseModelConfig, LoraConfig
 from preference_tuning.errors import ConfigError
 from preference_tuning.models import chat, gguf
 from preference_tuning.models.source import ModelSource
+from preference_tuning.models.tokenizer import load_tokenizer
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -74,17 +75,8 @@ def model_folder(source: ModelSource, output_dir: Path) -> Path:
     if source.kind == "hub":
         return hub.download_model(source.location, source.fingerprint)
     if source.kind == "gguf":
-        return gguf.convert(Path(source.location), output_dir / "models" / source.fingerprint[:16])
+        return gguf.convert(Path(source.location), gguf.folder(output_dir, source.fingerprint))
     return Path(source.location)
-
-
-def load_tokenizer(config: BaseModelConfig, source: ModelSource, output_dir: Path) -> chat.Tokenizer:
-    """Return the tokenizer with the chat template of the run."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(source, output_dir))
-    chat.set_template(tokenizer, config.chat_template)
-    return tokenizer
 
 
 def load_base(config: BaseModelConfig, source: ModelSource, output_dir: Path) -> Base:

@@ -1,72 +1,86 @@
-"""The dataset as token rows, made once a job and kept beside its checkpoints."""
+"""The dataset as token rows, streamed to disk once for each content, tokenizer and room, and shared by all jobs."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 
 from preference_tuning import fingerprint
 from preference_tuning.errors import DataError
 from preference_tuning.models import chat
+from preference_tuning.progress import bar
+
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass
 class TokenRows:
-    """Rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``length``; what was dropped and cut."""
+    """Rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``length`` and ``cut``; what was dropped and cut."""
 
     rows: datasets.Dataset
     dropped: int
     cut: int
 
 
-def tokenise(table: Path, tokenizer: chat.Tokenizer, max_length: int, folder: Path, answers: int) -> TokenRows:
+def tokenise(table: Path, tokenizer: chat.Tokenizer, room: chat.Room, folder: Path, answers: int) -> TokenRows:
     """Tokenise the pairs of an Arrow table into ``folder``; rows without room for an answer are left out and counted.
 
     Args:
         table: an Arrow file of canonical pairs.
         tokenizer: with the chat template of the run.
-        max_length: longest prompt plus answer, in tokens.
-        folder: where the token rows are kept.
-        answers: how many answers of a pair the stage reads (1: chosen, 2: both); decides ``length``.
+        room: how long a row may be.
+        folder: where the token rows are kept, by a hash of their content.
+        answers: how many answers of a pair the stage reads (1: chosen, 2: both); decides ``length`` and ``cut``.
 
     Raises:
         DataError: no row is left.
     """
     datasets.disable_progress_bars()
     pairs = datasets.Dataset.from_file(str(table))
-    key = fingerprint.of_value([fingerprint.of_file(table), chat.template_hash(tokenizer), max_length, answers])
+    code = fingerprint.of_sources("preference_tuning.models.rows")
+    key = fingerprint.of_value([fingerprint.of_file(table), chat.tokenizer_hash(tokenizer), vars(room), answers, code])[
+        :32
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with bar(f"tokenising {table.stem}", len(pairs)) as progress:
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = [
-            chat.encode_pair(tokenizer, prompt, chosen, rejected, max_length)
-            for prompt, chosen, rejected in zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
-        ]
-        kept = [pair for pair in encoded if pair is not None]
-        columns: dict[str, list[Any]] = {name: [pair[name] for pair in kept] for name in PAIR_COLUMNS}  # type: ignore[literal-required]
-        columns["length"] = [
-            len(p["prompt_ids"]) + len(p["chosen_ids"]) + (len(p["rejected_ids"]) if answers == 2 else 0) for p in kept
-        ]
-        return columns
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            progress.update(len(batch["prompt"]))
+            return _encode(batch, tokenizer, room, answers)
 
-    rows = pairs.map(
-        encode,
-        batched=True,
-        remove_columns=pairs.column_names,
-        cache_file_name=str(folder / f"tokens-{table.stem}.arrow"),
-        new_fingerprint=key[:32],
-    )
+        rows = pairs.map(
+            encode,
+            batched=True,
+            remove_columns=pairs.column_names,
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+        )
     if len(rows) == 0:
-        raise DataError(f"no row of {table.name} leaves room for an answer within {max_length} tokens; raise the limit")
-    return TokenRows(rows, dropped=len(pairs) - len(rows), cut=_count_cut(rows, max_length, answers))
+        raise DataError(
+            f"no row of {table.name} leaves room for an answer within {room.max_length} tokens; raise the limit"
+        )
+    return TokenRows(rows, dropped=len(pairs) - len(rows), cut=pc.sum(rows.data.column("cut")).as_py())
 
 
-PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-
-def _count_cut(rows: datasets.Dataset, max_length: int, answers: int) -> int:
-    names = PAIR_COLUMNS[1 : 1 + answers]
-    return sum(
-        any(len(prompt) + len(answer) >= max_length for answer in row)
-        for prompt, *row in zip(rows["prompt_ids"], *(rows[name] for name in names), strict=True)
-    )
+def _encode(
+    batch: dict[str, list[Any]], tokenizer: chat.Tokenizer, room: chat.Room, answers: int
+) -> dict[str, list[Any]]:
+    names = ("chosen", "rejected")[:answers]
+    conversations = [
+        chat.Conversation(
+            chat.read_messages(batch["prompt"][i]),
+            [chat.read_messages(batch[name][i]) for name in names],
+            chat.read_tools(batch["tools"][i]),
+        )
+        for i in range(len(batch["prompt"]))
+    ]
+    encoded = [row for row in chat.encode(tokenizer, conversations, room) if isinstance(row, chat.Encoded)]
+    return {
+        "prompt_ids": [row.prompt_ids for row in encoded],
+        "chosen_ids": [row.answer_ids[0] for row in encoded],
+        "rejected_ids": [row.answer_ids[1] if answers == 2 else [] for row in encoded],
+        "length": [len(row.prompt_ids) + sum(map(len, row.answer_ids)) for row in encoded],
+        "cut": [any(row.answer_cut) for row in encoded],
+    }

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from preference_tuning import fingerprint
 from preference_tuning.config import BaseModelConfig, EvaluationConfig, RegistryConfig, RunConfig
-from preference_tuning.data.table import MANIFEST, REPORT, Dataset
+from preference_tuning.data.table import MANIFEST, REPORT, SPLIT, Dataset
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation import gate, statistics
 from preference_tuning.evaluation import job as evaluation_job
@@ -125,7 +125,7 @@ def _check_evidence(result: Result, evaluation: Evaluation) -> None:
     """Refuse evidence that belongs to other data, another base model or another adapter."""
     last = result.records()[result.finetuning_type]
     expected = {
-        "the evaluation's data": (evaluation.data_fingerprint, result.dataset.manifest.fingerprint),
+        "the evaluation's data": (evaluation.data_fingerprint, result.dataset.manifest.split_fingerprint),
         "the evaluation's base model": (evaluation.base_model_fingerprint, result.source.fingerprint),
         "the training's adapter": (last.adapter_hash, fingerprint.of_directory(result.adapter)),
     }
@@ -165,7 +165,7 @@ def _common_scores(
     }
     stored = registry.path(champion.id) / "evidence" / "evaluation"
     theirs, theirs_name = evaluation_job.load_scores(stored), champion.finetuning_type
-    same_data = champion.data["fingerprint"] == result.dataset.manifest.fingerprint
+    same_data = champion.data.get("split_fingerprint") == result.dataset.manifest.split_fingerprint
     same_template = champion.metrics["template_hash"] == evaluation_job.load_summary(result.evaluation).template_hash
     same_rows = len(theirs[f"{BASE}/chosen"]) == len(ours[f"{BASE}/chosen"])
     if not (same_data and same_template and same_rows):
@@ -191,9 +191,9 @@ def _score_anew(result: Result, adapter: Path, rules: EvaluationConfig) -> dict[
 
 def _manifest_only(result: Result) -> Path:
     """Return a folder with the data's manifest and report, without its rows."""
-    folder = result.output_dir / "jobs" / f"data-{result.dataset.manifest.fingerprint[:16]}"
+    folder = result.output_dir / "jobs" / f"data-{result.dataset.manifest.split_fingerprint[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, REPORT):
+    for name in (MANIFEST, SPLIT, REPORT):
         shutil.copyfile(result.dataset.folder / name, folder / name)
     return folder
 
@@ -207,9 +207,11 @@ def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str
             "revision": result.base_model.revision,
             "fingerprint": result.source.fingerprint,
         },
-        "data": manifest.model_dump(
-            mode="json", include={"source", "source_fingerprint", "fingerprint", "train", "held_out"}
-        ),
+        "data": {
+            "source": manifest.source,
+            "source_fingerprints": [source.fingerprint for source in manifest.sources],
+            **manifest.model_dump(include={"fingerprint", "split_fingerprint", "train", "held_out"}),
+        },
         "config": result.config.model_dump(mode="json"),
         "code": fingerprint.of_sources("preference_tuning.training", "preference_tuning.evaluation"),
         "metrics": {

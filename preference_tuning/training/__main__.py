@@ -51,7 +51,7 @@ class _Training:
         job = self.job
         model = self._model()
         answers = 2 if job.stage == "dpo" else 1
-        train, held_out = self._rows("train", answers), self._rows("held_out", answers)
+        train, held_out = self._rows(job.split, answers), self._rows("held_out", answers)
         self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
         trainer = self._trainer(model, train.rows, held_out.rows)
         checkpoint, rejected = checkpoints.newest_good(self.folder / "checkpoints")
@@ -106,7 +106,7 @@ class _Training:
         from preference_tuning.models import rows
 
         table = self.job.data / f"{split}.arrow"
-        return rows.tokenise(table, self.base.tokenizer, self.job.max_length, self.folder, answers)
+        return rows.tokenise(table, self.base.tokenizer, self.job.room, self.job.output_dir / "tokens", answers)
 
     def _trainer(self, model: Any, train: Any, held_out: Any) -> Any:
         from preference_tuning.training import arguments, trainers
@@ -119,11 +119,11 @@ class _Training:
         }
         checkpoints = self.folder / "checkpoints"
         if self.job.sft:
-            arguments.check_warmup(self.job.sft, len(train))
+            self.job.sft.check_warmup("sft", len(train))
             settings = arguments.sft(self.job.sft, self.base, checkpoints)
             return trainers.AnswerSFTTrainer(args=settings, train_dataset=train, eval_dataset=held_out, **how)
         assert self.job.dpo is not None
-        arguments.check_warmup(self.job.dpo, len(train))
+        self.job.dpo.check_warmup("dpo", len(train))
         shared = self._choose_engine(model, train)
         settings = arguments.dpo(self.job.dpo, self.base, checkpoints)
         train, held_out = self._with_reference(model, train, held_out, shared)
@@ -150,10 +150,10 @@ class _Training:
         return shared
 
     def _with_reference(self, model: Any, train: Any, held_out: Any, shared: bool) -> tuple[Any, Any]:
-        from preference_tuning.training import arguments, reference, trainers
+        from preference_tuning.training import reference, trainers
 
         assert self.job.dpo is not None
-        visited = trainers.first_rows(train, self.job.dpo, arguments.total_steps(self.job.dpo, len(train)))
+        visited = trainers.first_rows(train, self.job.dpo, self.job.dpo.total_steps(len(train)))
         key = fingerprint.of_value([self.job.identity(), self._template(), str(self.base.dtype), shared])
         size = self.job.settings.per_device_eval_batch_size
         common = {"key": key, "model": model, "batch_size": size, **self._how(shared)}

@@ -1,6 +1,5 @@
 """The config's sections as TRL's arguments: every field arrives, and nothing is left to a default that bites."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 import trl
 
 from preference_tuning.config import DPOConfig, SFTConfig, StageConfig
-from preference_tuning.errors import ConfigError
 from preference_tuning.models.loading import Base
 
 
@@ -70,25 +68,3 @@ def optimizer(wanted: str, on_cpu: bool) -> str:
     if wanted == "auto":
         return "adamw_torch_fused" if on_cpu else "adamw_8bit"
     return wanted
-
-
-def total_steps(config: StageConfig, rows: int) -> int:
-    """Return the optimizer steps of a stage on ``rows`` rows, as transformers counts them."""
-    batches = math.ceil(rows / config.per_device_train_batch_size)
-    steps_an_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
-    return max(1, math.ceil(config.num_train_epochs * steps_an_epoch))
-
-
-def check_warmup(config: StageConfig, rows: int) -> None:
-    """Refuse a warm-up that the run would never come out of: nothing would be learned at the rate asked for.
-
-    Raises:
-        ConfigError: warm-up takes all steps.
-    """
-    steps = total_steps(config, rows)
-    if config.warmup_steps >= 1 and config.warmup_steps >= steps:
-        stage = "sft" if isinstance(config, SFTConfig) else "dpo"
-        raise ConfigError(
-            f"{stage}.warmup_steps: {config.warmup_steps:.0f} of {steps} steps ({rows} rows) would be warm-up: the "
-            "learning rate would never be reached. Give a share, such as 0.1"
-        )

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig
 from preference_tuning.data.table import Dataset
+from preference_tuning.models.chat import Room
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
@@ -27,7 +28,12 @@ class TrainingJob(BaseModel):
     sft: SFTConfig | None = None
     dpo: DPOConfig | None = None
     data: Path
+    split: str
+    """The split of the data that is trained on."""
     data_fingerprint: str
+    """Of the content and the sides of its rows."""
+    max_prompt_length: int | None
+    keep_end: bool
     adapter: Path | None = None
     adapter_hash: str | None = None
     output_dir: Path
@@ -41,13 +47,15 @@ class TrainingJob(BaseModel):
         return settings
 
     @property
-    def max_length(self) -> int:
-        """The longest row, in tokens."""
-        return self.dpo.length(self.base_model) if self.dpo else self.base_model.max_seq_length
+    def room(self) -> Room:
+        """How long a row may be, in tokens."""
+        longest = self.dpo.length(self.base_model) if self.dpo else self.base_model.max_seq_length
+        return Room(longest, self.max_prompt_length, self.keep_end)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two jobs the same work: content and settings, never places or times."""
-        kept = self.model_dump(mode="json", include={"stage", "base_model", "lora", "sft", "dpo", "data_fingerprint"})
+        names = {"stage", "base_model", "lora", "sft", "dpo", "split", "data_fingerprint"}
+        kept = self.model_dump(mode="json", include=names | {"max_prompt_length", "keep_end"})
         return {
             **kept,
             "base_model_fingerprint": self.source.fingerprint,
@@ -159,7 +167,10 @@ def from_artifacts(
         base_model=base_model,
         source=source,
         data=dataset.folder.absolute(),
-        data_fingerprint=dataset.manifest.fingerprint,
+        split=dataset.sft_split if stage == "sft" else "train",
+        data_fingerprint=dataset.manifest.split_fingerprint,
+        max_prompt_length=dataset.manifest.max_prompt_length,
+        keep_end=dataset.manifest.keep_end,
         adapter=adapter and adapter.absolute(),
         adapter_hash=fingerprint.of_directory(adapter) if adapter else None,
         output_dir=output_dir.absolute(),

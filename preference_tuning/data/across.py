@@ -1,0 +1,151 @@
+"""Comparisons across rows, outside of memory: duplicates, contradictions, leaks, the fingerprint.
+
+The keys of all pairs lie in a Parquet file, and DuckDB, which spills to disk, does the grouping and sorting; so memory
+does not grow with the number of rows.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+MEMORY = "128MB"
+KEYS = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("content", pa.binary(32)),
+        ("answers", pa.binary(16)),
+        ("swapped", pa.bool_()),
+        ("prompt", pa.binary(16)),
+        ("held_out", pa.bool_()),
+    ]
+)
+
+PROBLEMS = ("", "leak", "contradiction", "duplicate", "near_duplicate")
+"""What a pair's entry in the array of ``Comparison`` stands for."""
+
+# A leak comes first: of a pair that is on both sides the held-out one stays. Within a side a pair preferred both ways
+# says nothing, so all its rows go; of equal pairs the first stays.
+FIND = """
+create table found as
+with leaks as (
+    select id from keys where not held_out and prompt in (select prompt from held)
+), rest as (
+    select * from keys anti join leaks using (id)
+), disputed as (
+    select answers, held_out from rest group by all having bool_or(swapped) and not bool_and(swapped)
+), contradictions as (
+    select id from rest semi join disputed using (answers, held_out)
+), firsts as (
+    select content, held_out, min(id) as first from rest group by content, held_out having count(*) > 1
+), duplicates as (
+    select id from rest join firsts using (content, held_out) where id <> first
+        and id not in (select id from contradictions)
+)
+select id, 1::utinyint as problem from leaks
+union all select id, 2 from contradictions
+union all select id, 3 from duplicates
+"""
+
+
+@contextmanager
+def engine(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Give a DuckDB connection that keeps to ``MEMORY`` and spills into ``folder``."""
+    settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": 2, "temp_directory": str(folder / "spill")}
+    with duckdb.connect(":memory:", config=settings) as connection:
+        connection.execute("set preserve_insertion_order = false")
+        yield connection
+
+
+class KeyWriter:
+    """Writes the keys of pairs, numbered in the order they come in."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, KEYS, compression="none")
+        self.count = 0
+
+    def add(self, columns: list[pa.Array]) -> None:
+        """Append the columns of ``KEYS`` after ``id``."""
+        rows = len(columns[0])
+        ids = pa.array(np.arange(self.count, self.count + rows))
+        self._writer.write_batch(pa.RecordBatch.from_arrays([ids, *columns], schema=KEYS))
+        self.count += rows
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._writer.close()
+
+
+class Across:
+    """The keys of all pairs, compared."""
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, keys: Path, count: int, held_out: Path | None = None
+    ) -> None:
+        """Compare ``count`` pairs by their ``keys``; what is held out is theirs, or that of other keys."""
+        self.connection, self._count = connection, count
+        connection.execute(f"create view keys as select * from {_file(keys)}")
+        connection.execute(f"create view held as select prompt from {_file(held_out or keys)} where held_out")
+        connection.execute(FIND)
+
+    def add(self, problem: str, query: str) -> None:
+        """Give the pairs whose ids ``query`` selects a problem."""
+        number = PROBLEMS.index(problem)
+        self.connection.execute(f"insert into found select id, {number} from ({query})")
+
+    def problems(self) -> NDArray[np.uint8]:
+        """Return for each pair the problem it has beside the others, as a place in ``PROBLEMS``."""
+        problems = np.zeros(self._count, np.uint8)
+        for batch in self.batches("select id, problem from found"):
+            problems[batch["id"].to_numpy()] = batch["problem"].to_numpy()
+        return problems
+
+    def keep_without(self, dropped: Iterable[str]) -> None:
+        """Let ``kept`` be the pairs that have none of these problems."""
+        numbers = ", ".join(["0", *(str(PROBLEMS.index(problem)) for problem in dropped)])
+        self.connection.execute(
+            "create or replace view kept as select * from keys "
+            f"anti join (select id from found where problem in ({numbers})) using (id)"
+        )
+
+    def prompts(self) -> int:
+        """Return how many different prompts are kept."""
+        (row,) = self.connection.execute("select count(distinct prompt) from kept").fetchall()
+        return int(row[0])
+
+    def ids(self, query: str) -> NDArray[np.bool_]:
+        """Return for each pair whether ``query`` selects its id."""
+        chosen = np.zeros(self._count, np.bool_)
+        for batch in self.batches(query):
+            chosen[batch["id"].to_numpy()] = True
+        return chosen
+
+    def sample(self, size: int) -> NDArray[np.bool_]:
+        """Return the kept pairs with the ``size`` smallest hashes: a sample that the order of rows does not decide."""
+        return self.ids(f"select id from kept order by content limit {size}")
+
+    def fingerprints(self, *extra: str) -> tuple[str, str]:
+        """Return ``(of the content, of the content with its side and extra)``: sha256 over the sorted hashes."""
+        content, split = hashlib.sha256(), hashlib.sha256("\0".join(extra).encode())
+        for batch in self.batches("select content, held_out from kept order by content, held_out"):
+            for value, held_out in zip(batch["content"].to_pylist(), batch["held_out"].to_pylist(), strict=True):
+                content.update(value)
+                split.update(value + (b"h" if held_out else b"t"))
+        return content.hexdigest(), split.hexdigest()
+
+    def batches(self, query: str) -> Iterator[pa.RecordBatch]:
+        """Yield the result of a query."""
+        # A cursor of its own: the next query on the connection would end this one.
+        yield from self.connection.cursor().sql(query).to_arrow_reader(50_000)
+
+
+def _file(path: Path) -> str:
+    quoted = str(path).replace("'", "''")
+    return f"read_parquet('{quoted}')"
