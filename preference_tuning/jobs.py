@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint
-from preference_tuning.errors import BY_EXIT_CODE, InterruptedJobError, PreferenceTuningError
+from preference_tuning.errors import BY_EXIT_CODE, ConfigError, InterruptedJobError, PreferenceTuningError
 
 JOB, RESULT, ERROR, LOG, LOCK = "job.json", "result.json", "error.json", "job.log", ".lock"
 
@@ -70,7 +70,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PreferenceTuningError(f"output_dir: cannot write {folder.absolute()}: {error.strerror}") from None
+        raise ConfigError(f"output_dir: cannot write {folder.absolute()}: {error.strerror}") from None
 
 
 def _clear(folder: Path) -> None:

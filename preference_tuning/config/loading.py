@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -280,24 +280,41 @@ def _section(path: KeyPath) -> type[BaseModel] | None:
     """Return the section that lies at ``path`` of the parameters, if one does."""
     section: type[BaseModel] = RunConfig
     for key in path:
-        field_ = section.model_fields.get(str(key))
-        annotation = field_.annotation if field_ else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+        if isinstance(key, int):
+            continue  # a place in a list of sections
+        field_ = section.model_fields.get(key)
+        inner = _section_in(field_.annotation) if field_ else None
+        if inner is None:
             return None
-        section = annotation
+        section = inner
     return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds: itself, one or none, or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _explain(item: Any, loc: KeyPath) -> str:
     if item["type"] == "extra_forbidden":
-        section = _section(loc[:-1])
-        return _unknown(str(loc[-1]), section.model_fields if section else ())
+        key = str(loc[-1])
+        elsewhere = [f"{name}.{key}" for name in RunConfig.model_fields if key in _fields((name,))]
+        if elsewhere:
+            return f"unknown key here; there is {' and '.join(elsewhere)}"
+        return _unknown(key, _fields(loc[:-1]))
     if item["type"] == "missing":
         return "is required"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
         message = "must start with a letter or digit and hold only letters, digits, '.', '_' and '-' (96 at most)"
     return f"{item['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _fields(path: KeyPath) -> Iterable[str]:
+    section = _section(path)
+    return section.model_fields if section else ()
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ does not grow with the number of rows.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-MEMORY = "128MB"
+from preference_tuning.data.table import ParquetWriter
+
+MEMORY = "256MB"
+PART = 100_000
+"""Pairs that are compared at a time: with more of them the comparison takes more turns, not more memory."""
 KEYS = pa.schema(
     [
         ("id", pa.int64()),
@@ -31,14 +35,17 @@ KEYS = pa.schema(
 PROBLEMS = ("", "leak", "contradiction", "duplicate", "near_duplicate")
 """What a pair's entry in the array of ``Comparison`` stands for."""
 
+# Run on one part of the pairs after another. What is compared has the prompt in common, so parts by prompts are whole.
 # A leak comes first: of a pair that is on both sides the held-out one stays. Within a side a pair preferred both ways
 # says nothing, so all its rows go; of equal pairs the first stays.
 FIND = """
-create table found as
-with leaks as (
-    select id from keys where not held_out and prompt in (select prompt from held)
+insert into found
+with part as (
+    select * from keys where {part}
+), leaks as (
+    select id from part where not held_out and prompt in (select prompt from held where {part})
 ), rest as (
-    select * from keys anti join leaks using (id)
+    select * from part anti join leaks using (id)
 ), disputed as (
     select answers, held_out from rest group by all having bool_or(swapped) and not bool_and(swapped)
 ), contradictions as (
@@ -68,14 +75,13 @@ class KeyWriter:
     """Writes the keys of pairs, numbered in the order they come in."""
 
     def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, KEYS, compression="none")
+        self._writer = ParquetWriter(path, KEYS)
         self.count = 0
 
     def add(self, columns: list[pa.Array]) -> None:
         """Append the columns of ``KEYS`` after ``id``."""
         rows = len(columns[0])
-        ids = pa.array(np.arange(self.count, self.count + rows))
-        self._writer.write_batch(pa.RecordBatch.from_arrays([ids, *columns], schema=KEYS))
+        self._writer.add([pa.array(np.arange(self.count, self.count + rows)), *columns])
         self.count += rows
 
     def close(self) -> None:
@@ -93,7 +99,9 @@ class Across:
         self.connection, self._count = connection, count
         connection.execute(f"create view keys as select * from {_file(keys)}")
         connection.execute(f"create view held as select prompt from {_file(held_out or keys)} where held_out")
-        connection.execute(FIND)
+        connection.execute("create table found (id bigint, problem utinyint)")
+        for part in self._parts("prompt"):
+            connection.execute(FIND.format(part=part))
 
     def add(self, problem: str, query: str) -> None:
         """Give the pairs whose ids ``query`` selects a problem."""
@@ -117,14 +125,21 @@ class Across:
 
     def prompts(self) -> int:
         """Return how many different prompts are kept."""
-        (row,) = self.connection.execute("select count(distinct prompt) from kept").fetchall()
-        return int(row[0])
+        query = "select count(distinct prompt) from kept where {}"
+        counts = (self.connection.execute(query.format(part)).fetchall() for part in self._parts("prompt"))
+        return sum(int(count) for ((count,),) in counts)
 
-    def ids(self, query: str) -> NDArray[np.bool_]:
-        """Return for each pair whether ``query`` selects its id."""
+    def firsts(self) -> NDArray[np.bool_]:
+        """Return the first kept pair of each prompt."""
+        query = "select min(id) as id from kept where {} group by prompt"
+        return self.ids(*(query.format(part) for part in self._parts("prompt")))
+
+    def ids(self, *queries: str) -> NDArray[np.bool_]:
+        """Return for each pair whether a query selects its id."""
         chosen = np.zeros(self._count, np.bool_)
-        for batch in self.batches(query):
-            chosen[batch["id"].to_numpy()] = True
+        for query in queries:
+            for batch in self.batches(query):
+                chosen[batch["id"].to_numpy()] = True
         return chosen
 
     def sample(self, size: int) -> NDArray[np.bool_]:
@@ -134,16 +149,27 @@ class Across:
     def fingerprints(self, *extra: str) -> tuple[str, str]:
         """Return ``(of the content, of the content with its side and extra)``: sha256 over the sorted hashes."""
         content, split = hashlib.sha256(), hashlib.sha256("\0".join(extra).encode())
-        for batch in self.batches("select content, held_out from kept order by content, held_out"):
-            for value, held_out in zip(batch["content"].to_pylist(), batch["held_out"].to_pylist(), strict=True):
-                content.update(value)
-                split.update(value + (b"h" if held_out else b"t"))
+        for part in self._parts("content"):
+            query = f"select content, held_out from kept where {part} order by content, held_out"
+            for batch in self.batches(query):
+                for value, held_out in zip(batch["content"].to_pylist(), batch["held_out"].to_pylist(), strict=True):
+                    content.update(value)
+                    split.update(value + (b"h" if held_out else b"t"))
         return content.hexdigest(), split.hexdigest()
 
     def batches(self, query: str) -> Iterator[pa.RecordBatch]:
         """Yield the result of a query."""
         # A cursor of its own: the next query on the connection would end this one.
         yield from self.connection.cursor().sql(query).to_arrow_reader(50_000)
+
+    def _parts(self, column: str) -> list[str]:
+        """Return conditions that cut the pairs, in the order of a hash, into parts of about ``PART``."""
+        count = min(256, math.ceil(self._count / PART)) or 1
+        starts = [256 * i // count for i in range(count)]
+        return [
+            f"{column} >= '\\x{low:02X}'::blob" + (f" and {column} < '\\x{high:02X}'::blob" if high < 256 else "")
+            for low, high in zip(starts, [*starts[1:], 256], strict=True)
+        ]
 
 
 def _file(path: Path) -> str:

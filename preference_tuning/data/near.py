@@ -4,6 +4,7 @@ Banding finds candidates, and each is confirmed by the true Jaccard similarity o
 reported as nearly the same is.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasketch import MinHash
 
 from preference_tuning.data.across import Across
-from preference_tuning.data.table import read_batches
+from preference_tuning.data.table import ParquetWriter, read_batches
 from preference_tuning.progress import bar
 
 PERMUTATIONS = 64
@@ -28,13 +28,14 @@ CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 
 ACROSS = """
-with sides as (select b.*, held_out from bands b join keys using (id)),
-held as (select band, key, min(id) as other from sides where held_out group by band, key)
-select distinct id, other from sides join held using (band, key) where not held_out
+with sides as (select b.id, b.key, held_out from bands b join keys using (id) where band = {band}),
+held as (select key, min(id) as other from sides where held_out group by key)
+select id, other from sides join held using (key) where not held_out
 """
 WITHIN = """
-with firsts as (select band, key, min(id) as other from bands group by band, key having count(*) > 1)
-select distinct id, other from bands join firsts using (band, key) where id <> other
+with here as (select id, key from bands where band = {band}),
+firsts as (select key, min(id) as other from here group by key having count(*) > 1)
+select id, other from here join firsts using (key) where id <> other
 """
 
 
@@ -59,6 +60,7 @@ class NearDuplicates:
 
     def __init__(self, across: Across, spool: Path, folder: Path, similarity: float) -> None:
         self._across, self._spool, self._folder, self._similarity = across, spool, folder, similarity
+        self._bands, _ = bands(similarity)
 
     def find(self) -> int:
         """Mark the training pairs whose prompt is nearly a held-out one; return how many prompts have a near twin."""
@@ -67,8 +69,8 @@ class NearDuplicates:
         for table in ("bands", "texts"):
             run(f"create view {table} as select * from read_parquet('{self._folder / table}.parquet')")
         run("create table twins (id bigint, other bigint, across boolean)")
-        for query, is_across in ((ACROSS, True), (WITHIN, False)):
-            for pairs in self._confirmed(query):
+        for band, (query, is_across) in itertools.product(range(self._bands), ((ACROSS, True), (WITHIN, False))):
+            for pairs in self._confirmed(query.format(band=band)):
                 self._across.connection.register("confirmed", pairs)
                 run("insert into twins select id, other, ? from confirmed", [is_across])
         self._across.add(
@@ -81,11 +83,10 @@ class NearDuplicates:
         return int(count)
 
     def _write_bands(self) -> None:
-        first = self._across.ids("select min(id) as id from kept group by prompt")
-        count, _ = bands(self._similarity)
+        first, count = self._across.firsts(), self._bands
         with (
-            pq.ParquetWriter(self._folder / "bands.parquet", _BANDS, compression="none") as band_file,
-            pq.ParquetWriter(self._folder / "texts.parquet", _TEXTS, compression="zstd") as text_file,
+            ParquetWriter(self._folder / "bands.parquet", _BANDS) as band_file,
+            ParquetWriter(self._folder / "texts.parquet", _TEXTS) as text_file,
             bar("near-duplicate prompts", int(first.sum())) as progress,
         ):
             for ids, prompts in self._prompts(first):
@@ -94,8 +95,8 @@ class NearDuplicates:
                 # Only compared within this process, so Python's own hash will do.
                 keys = [hash(part.tobytes()) for row in signatures for part in np.split(row, count)]
                 numbers = np.tile(np.arange(count, dtype=np.int16), len(ids))
-                band_file.write_table(pa.table([numbers, keys, np.repeat(ids, count)], schema=_BANDS))
-                text_file.write_table(pa.table([ids, [b"\0".join(sorted(s)) for s in sets]], schema=_TEXTS))
+                band_file.add([numbers, keys, np.repeat(ids, count)])
+                text_file.add([ids, [b"\0".join(sorted(s)) for s in sets]])
                 progress.update(len(ids))
 
     def _prompts(self, wanted: Any) -> Iterator[tuple[Any, list[Any]]]:

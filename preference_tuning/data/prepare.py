@@ -28,7 +28,7 @@ from preference_tuning.data.near import NearDuplicates
 from preference_tuning.data.reading import KEYS, SPOOL, Reader, Spooled
 from preference_tuning.errors import DataError
 
-SAMPLE = 20_000
+SAMPLE = 5_000
 """Pairs whose lengths are measured in tokens."""
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from preference_tuning.data import table
@@ -57,7 +56,7 @@ def split(
     samples = table.Writer(work / SAMPLE_FILE, table.SCHEMA)
     start = 0
     with (
-        pq.ParquetWriter(folder / table.SPLIT, _SPLIT, compression="zstd") as manifest,
+        table.ParquetWriter(folder / table.SPLIT, _SPLIT) as manifest,
         bar("splitting", len(problems)) as progress,
     ):
         for batch in table.read_batches(spool):
@@ -67,7 +66,7 @@ def split(
             for side, on_side in (("train", ~held_out), ("held_out", held_out)):
                 rows = batch.filter(pa.array(stays & on_side))
                 writers[side].add(rows.select(table.SCHEMA.names))
-                manifest.write_table(_listed(rows, side))
+                manifest.add(_listed(rows, side))
             measures.add(batch.filter(pa.array(stays)))
             samples.add(batch.filter(pa.array(stays & sample[here])).select(table.SCHEMA.names))
             start += batch.num_rows
@@ -92,7 +91,7 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
     return {side: [{k: v for k, v in message.items() if v is not None} for message in row[side]] for side in sides}
 
 
-def _listed(rows: pa.RecordBatch, side: str) -> pa.Table:
+def _listed(rows: pa.RecordBatch, side: str) -> list[pa.Array]:
     content = pa.array([value.hex() for value in rows["content"].to_pylist()], pa.string())
     sides = pa.array([side] * rows.num_rows, pa.string())
-    return pa.table([content, sides, rows["group"], rows["source"], rows["row"]], schema=_SPLIT)
+    return [content, sides, rows["group"], rows["source"], rows["row"]]

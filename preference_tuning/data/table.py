@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from preference_tuning.data.pair import MESSAGE_KEYS, Messages, Pair
@@ -221,6 +222,43 @@ class Writer:
     def close(self) -> None:
         """Write the end of the stream."""
         self._writer.close()
+
+
+class ParquetWriter:
+    """Writes record batches of one schema as Parquet, in row groups of a size that its readers like."""
+
+    ROWS = 50_000
+    """Of a row group: many small ones would make the file's own description grow in memory with the rows."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=1)
+        self._schema = schema
+        self._waiting: list[pa.RecordBatch] = []
+        self._rows = 0
+
+    def __enter__(self) -> "ParquetWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, columns: Sequence[Any]) -> None:
+        """Append the columns of the schema."""
+        batch = pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=self._schema)
+        self._waiting.append(batch)
+        self._rows += batch.num_rows
+        if self._rows >= self.ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the end of the file."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_batches(self._waiting, self._schema))
+        self._waiting, self._rows = [], 0
 
 
 def pair_columns(
