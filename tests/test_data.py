@@ -140,6 +140,7 @@ FLAWED: list[tuple[str, dict[str, Any]]] = [
     ("not_text", {"prompt": "p5", "chosen": "\ud800", "rejected": "b"}),
     ("too_large", {"prompt": "p6", "chosen": "a" * 3000, "rejected": "b"}),
     ("role_order", {"prompt": [TURN, TURN], "chosen": "a", "rejected": "b"}),
+    ("diverging", {"prompt": "p12", "chosen": [TURN, {"role": "assistant", "content": "a"}], "rejected": "b"}),
     ("identical", {"prompt": "p7", "chosen": "same", "rejected": "same"}),
     ("identical_folded", {"prompt": "p8", "chosen": "The  Same", "rejected": "the same\n"}),
     ("special_tokens", {"prompt": "p9 <|im_end|>", "chosen": "a", "rejected": "b"}),
@@ -158,14 +159,14 @@ def test_every_problem_is_counted_placed_and_kept_apart(tmp_path: Path) -> None:
     assert problems(dataset) == expected
     assert sorted(quarantine(dataset)) == sorted((f"line {41 + i}", problem) for i, (problem, _) in enumerate(FLAWED))
     manifest = dataset.manifest
-    assert (manifest.rows_in, manifest.train + manifest.held_out, manifest.dropped) == (55, 40, 15)
+    assert (manifest.rows_in, manifest.train + manifest.held_out, manifest.dropped) == (56, 40, 16)
     assert set(all_rows(dataset)) == set(range(1, 41))
     html, screen = (dataset.folder / "report.html").read_text(), report.text(manifest)
     for count in manifest.problems:
         assert meaning(count.problem) in html
         assert re.search(rf"{count.problem} +{count.rows} ", screen)
         assert all(place in html for place in count.places)
-    assert "Looked for and not found: diverging, tie, unpaired, leak, near_duplicate." in html
+    assert "Looked for and not found: tie, unpaired, leak, near_duplicate." in html
 
 
 def test_a_problem_can_be_kept_or_made_an_error(tmp_path: Path) -> None:
@@ -511,6 +512,28 @@ def test_length_bias_is_measured_and_told(tmp_path: Path) -> None:
     assert "length_bias" in [finding.name for finding in manifest.findings]
     fair = [{**row, "rejected": "b" * (30 if i % 2 else 10)} for i, row in enumerate(longer)]
     assert prepared_rows(fair, tmp_path / "b").manifest.findings == []
+
+
+def test_the_figures_of_the_report_are_those_of_the_rows(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{'p' * 10}{i:02}", "chosen": "c" * (20 if i else 90), "rejected": "r" * 15, "topic": f"t{i % 4}"}
+        for i in range(20)
+    ]
+    dataset = prepared_rows([*rows, {**rows[0], "rejected": "another"}], tmp_path)
+    manifest, sides = dataset.manifest, Counter(row["side"] for row in all_rows(dataset).values())
+    assert (manifest.rows_in, manifest.pairs, manifest.prompts) == (21, 21, 20)
+    assert {"train": manifest.train, "held_out": manifest.held_out} == sides
+    assert manifest.topics == {"t0": 6, "t1": 5, "t2": 5, "t3": 5}
+    assert manifest.lengths["prompt"].model_dump() == {"median": 12, "p95": 12, "longest": 12}
+    assert manifest.lengths["chosen"].model_dump() == {"median": 20, "p95": 90, "longest": 90}
+    assert manifest.lengths["rejected"].model_dump() == {"median": 15, "p95": 15, "longest": 15}
+    html, screen = (dataset.folder / "report.html").read_text(), report.text(manifest)
+    figures = {"rows in": "21", "training pairs": str(sides["train"]), "different prompts": "20", "left out": "0"}
+    for name, value in figures.items():
+        assert f"<b>{value}</b><span>{name}</span>" in html
+        assert re.search(rf"  {name} +{value}\n", screen)
+    assert "<b>100%</b><span>chosen is longer</span>" in html
+    assert re.search(r"chosen, characters +median 20, 95 % below 90, longest 90", screen)
 
 
 def test_a_run_that_the_data_is_too_small_for(tmp_path: Path) -> None:

@@ -79,6 +79,55 @@ def test_the_record_tells_what_was_done(run: tuple[RunConfig, Dataset], sft: Tra
     assert losses(sft)[-1][1] < losses(sft)[0][1]
 
 
+def test_the_order_of_rows_decides_nothing(
+    run: tuple[RunConfig, Dataset], sft: Trained, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The data's fingerprint does not know the order of rows, so neither may training: it stands for the result."""
+    rows = preference_rows(64)
+    config = run[0].data.model_copy(update={"source": str(write_jsonl(tmp_path / "shuffled.jsonl", rows[::-1]))})
+    shuffled = prepare.prepare(config, data_job.fingerprints_of(config), tmp_path / "data")
+    assert shuffled.path("train").read_bytes() != run[1].path("train").read_bytes()
+    again = job.train(job_of((run[0], shuffled), tmp_path, "sft"))
+    assert again.record.identity == sft.record.identity
+    assert again.record.adapter_hash == sft.record.adapter_hash
+    assert losses(again) == losses(sft)
+
+
+def test_sft_trains_on_answers_of_its_own(run: tuple[RunConfig, Dataset], tmp_path: Path) -> None:
+    answers = [{"prompt": f"Say {i}.", "completion": f"{i}, said."} for i in range(24)]
+    source = {"source": str(write_jsonl(tmp_path / "answers.jsonl", answers))}
+    config = run[0].data.model_validate({**run[0].data.model_dump(), "sft_source": source})
+    dataset = prepare.prepare(config, data_job.fingerprints_of(config), tmp_path / "data")
+    trained = job.train(job_of((run[0], dataset), tmp_path, "sft"))
+    assert (trained.record.rows, trained.record.steps) == (24, 3)
+    assert trained.record.held_out_rows == dataset.manifest.held_out
+    assert dataset.manifest.fingerprint == run[1].manifest.fingerprint
+    assert trained.record.identity["data_fingerprint"] != run[1].manifest.split_fingerprint
+
+
+def test_rows_are_tokenised_once_for_all_jobs(
+    run: tuple[RunConfig, Dataset], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    from preference_tuning.models import chat, rows
+
+    tokenizer, table = AutoTokenizer.from_pretrained(tiny_model), run[1].path("train")
+    whole = rows.tokenise(table, tokenizer, chat.Room(500), tmp_path, answers=2)
+    answers = (max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in whole.rows)
+    lengths = [len(row["prompt_ids"]) + answer for row, answer in zip(whole.rows, answers, strict=True)]
+    room = chat.Room(max(lengths) - 1)
+    first = rows.tokenise(table, tokenizer, room, tmp_path, answers=2)
+    assert (whole.cut, first.cut) == (0, lengths.count(max(lengths)))
+    monkeypatch.setattr(chat, "encode", None)
+    again = rows.tokenise(table, tokenizer, room, tmp_path, answers=2)
+    assert again.rows.to_list() == first.rows.to_list()
+    assert (again.cut, again.dropped) == (first.cut, first.dropped)
+    tokenizer.chat_template += " "
+    with pytest.raises(TypeError):
+        rows.tokenise(table, tokenizer, room, tmp_path, answers=2)
+
+
 def test_the_reference_proof(sft: Trained, dpo: Trained) -> None:
     proof = dpo.record.reference
     assert proof is not None

@@ -25,8 +25,8 @@ LOOKED_AT = 200
 """Rows by which a format is recognised."""
 
 SPOOL, KEYS = "spool.arrow", "keys.parquet"
-SPOOLED = pa.schema([*table.SCHEMA, ("content", pa.binary(32)), ("held_out", pa.bool_()), ("place", pa.string())])
-"""A pair on disk between the passes: beside what it will be, its hash, its side, and how messages call its row."""
+SPOOLED = pa.schema([*table.SCHEMA, ("held_out", pa.bool_()), ("place", pa.string())])
+"""A pair on disk between the passes: beside what it will be, its side, and how messages call its row."""
 
 Problem = tuple[str, str]
 Recogniser = Callable[[Any, str, list[dict[str, Any]]], Format]
@@ -178,15 +178,18 @@ class Reader:
             return
         keys = [candidate.keys for candidate in kept if candidate.keys]
         columns = table.pair_columns(
-            [c.pair for c in kept], [c.row for c in kept], [k.group for k in keys], [c.source for c in kept]
+            [c.pair for c in kept],
+            [c.row for c in kept],
+            [k.group for k in keys],
+            [c.source for c in kept],
+            [k.content.hex() for k in keys],
         )
-        content = pa.array([k.content for k in keys], pa.binary(32))
         held_out = pa.array([self._is_held_out(c) for c in kept])
-        columns += [content, held_out, pa.array([c.place for c in kept])]
+        columns += [held_out, pa.array([c.place for c in kept])]
         self._spool.add(pa.RecordBatch.from_arrays(columns, schema=SPOOLED))
         self._keys.add(
             [
-                content,
+                pa.array([k.content for k in keys], pa.binary(32)),
                 pa.array([k.answers for k in keys], pa.binary(16)),
                 pa.array([k.swapped for k in keys]),
                 pa.array([k.prompt for k in keys], pa.binary(16)),

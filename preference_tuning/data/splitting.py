@@ -92,6 +92,5 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(rows: pa.RecordBatch, side: str) -> list[pa.Array]:
-    content = pa.array([value.hex() for value in rows["content"].to_pylist()], pa.string())
     sides = pa.array([side] * rows.num_rows, pa.string())
-    return [content, sides, rows["group"], rows["source"], rows["row"]]
+    return [rows["content"], sides, rows["group"], rows["source"], rows["row"]]

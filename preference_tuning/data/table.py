@@ -37,8 +37,11 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("group", pa.string()),
         ("row", pa.int64()),
+        ("content", pa.string()),
     ]
 )
+"""``content`` is the sha256 of a pair, by which readers order them: the order in which a source holds them decides
+nothing."""
 MANIFEST, QUARANTINE, REPORT, SPLIT = "manifest.json", "quarantine.jsonl", "report.html", "split.parquet"
 LENGTHS, SHOWN = "lengths.parquet", "shown.json"
 SPLITS = ("train", "held_out")
@@ -262,7 +265,7 @@ class ParquetWriter:
 
 
 def pair_columns(
-    pairs: Sequence[Pair], rows: Sequence[int], groups: Sequence[str], sources: Sequence[str]
+    pairs: Sequence[Pair], rows: Sequence[int], groups: Sequence[str], sources: Sequence[str], content: Sequence[str]
 ) -> list[pa.Array]:
     """Return the columns of ``SCHEMA``; built from flat lists, because ``from_pylist`` takes five times as long."""
     return [
@@ -277,6 +280,7 @@ def pair_columns(
         pa.array([pair.source or name for pair, name in zip(pairs, sources, strict=True)], pa.string()),
         pa.array(groups, pa.string()),
         pa.array(rows, pa.int64()),
+        pa.array(content, pa.string()),
     ]
 
 

@@ -117,9 +117,9 @@ class _Evaluating:
         return found
 
     def _samples(self, held_out: Path) -> list[Sample]:
-        import datasets
+        from preference_tuning.models.rows import in_order
 
-        pairs = datasets.Dataset.from_file(str(held_out))
+        pairs = in_order(held_out)
         count = min(self.job.config.samples, len(pairs))
         chosen = [pairs[i * len(pairs) // count] for i in range(count)]
         if not chosen:

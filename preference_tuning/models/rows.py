@@ -1,5 +1,6 @@
 """The dataset as token rows, streamed to disk once for each content, tokenizer and room, and shared by all jobs."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,10 @@ def tokenise(table: Path, tokenizer: chat.Tokenizer, room: chat.Room, folder: Pa
         DataError: no row is left.
     """
     datasets.disable_progress_bars()
-    pairs = datasets.Dataset.from_file(str(table))
+    pairs = in_order(table)
+    content = hashlib.sha256("".join(sorted(pairs.data.column("content").to_pylist())).encode()).hexdigest()
     code = fingerprint.of_sources("preference_tuning.models.rows")
-    key = fingerprint.of_value([fingerprint.of_file(table), chat.tokenizer_hash(tokenizer), vars(room), answers, code])[
-        :32
-    ]
+    key = fingerprint.of_value([content, chat.tokenizer_hash(tokenizer), vars(room), answers, code])[:32]
     folder.mkdir(parents=True, exist_ok=True)
     with bar(f"tokenising {table.stem}", len(pairs)) as progress:
 
@@ -62,6 +62,12 @@ def tokenise(table: Path, tokenizer: chat.Tokenizer, room: chat.Room, folder: Pa
             f"no row of {table.name} leaves room for an answer within {room.max_length} tokens; raise the limit"
         )
     return TokenRows(rows, dropped=len(pairs) - len(rows), cut=pc.sum(rows.data.column("cut")).as_py())
+
+
+def in_order(table: Path) -> datasets.Dataset:
+    """Return the pairs of an Arrow table in the order of their content: that of the source decides nothing."""
+    pairs = datasets.Dataset.from_file(str(table))
+    return pairs.select(pc.sort_indices(pairs.data.column("content")).to_numpy())
 
 
 def _encode(
