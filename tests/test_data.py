@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preference_tuning.config import DataConfig, Problems, RunConfig
-from preference_tuning.data import findings, job, prepare, report
+from preference_tuning.data import across, findings, job, prepare, report
 from preference_tuning.data.ledger import meaning
 from preference_tuning.data.lengths import TokenRules
 from preference_tuning.data.table import Dataset
@@ -121,6 +121,13 @@ def test_several_sources_are_mixed_by_weight(tmp_path: Path) -> None:
         config = DataConfig(sources=({"source": str(one)}, {"source": str(two), "weight": weight}), held_out=0.2)  # type: ignore[arg-type]
         return prepare.prepare(config, job.fingerprints_of(config), tmp_path / "out")
 
+    (tmp_path / "again").mkdir()
+    one_more = write_jsonl(tmp_path / "again" / "one.jsonl", [{**PLAIN[0], "chosen": None}, *PLAIN[1:]])
+    config = DataConfig(sources=({"source": str(one)}, {"source": str(one_more)}), held_out=0.2)  # type: ignore[arg-type]
+    both = prepare.prepare(config, job.fingerprints_of(config), tmp_path / "both")
+    assert [source.name for source in both.manifest.sources] == [str(one), str(one_more)]
+    assert quarantine(both) == [(f"{one_more} line 1", "missing")]
+
     half, more = mixed(0.5), mixed(0.8)
     assert half.manifest.by_source["one.jsonl"] == 200
     assert half.manifest.by_source["two.jsonl"] == pytest.approx(100, abs=25)
@@ -169,6 +176,15 @@ def test_every_problem_is_counted_placed_and_kept_apart(tmp_path: Path) -> None:
     assert "Looked for and not found: tie, unpaired, leak, near_duplicate." in html
 
 
+def test_comparing_in_parts_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million pairs are compared a part at a time; here forty are."""
+    rows = [*PLAIN, *(row for _, row in FLAWED)]
+    whole = prepared_rows(rows, tmp_path / "a", max_row_bytes=2000, **ANY).manifest
+    monkeypatch.setattr(across, "PART", 5)
+    parts = prepared_rows(rows, tmp_path / "b", max_row_bytes=2000, **ANY).manifest
+    assert parts == whole
+
+
 def test_a_problem_can_be_kept_or_made_an_error(tmp_path: Path) -> None:
     rows = [*PLAIN, PLAIN[0], {"prompt": "p", "chosen": "a\x07", "rejected": "b"}]
     kept = prepared_rows(rows, tmp_path / "a", problems={"duplicate": "keep", "control_characters": "keep"})
@@ -194,6 +210,12 @@ def test_too_many_lost_rows_stop_the_run_and_are_all_in_the_quarantine(tmp_path:
     assert [line["place"] for line in left] == ["line 41", "line 42", "line 43"]
 
 
+def test_half_a_surrogate_pair_beside_the_text_is_no_topic(tmp_path: Path) -> None:
+    rows = [{**row, "topic": "\ud800", "source": "half \udfff"} for row in PLAIN]
+    dataset = prepared_rows(rows, tmp_path)
+    assert (dataset.manifest.topics, dataset.manifest.by_source) == ({}, {"rows.jsonl": 40})
+
+
 def test_ties_are_no_loss(tmp_path: Path) -> None:
     ties = [
         {"prompt": f"t{i}", "chosen": "a", "rejected": "b", "chosen_score": 1, "rejected_score": 1} for i in range(9)
@@ -211,7 +233,7 @@ def test_labelled_single_answers_are_paired_where_a_prompt_has_both(tmp_path: Pa
         for kind in ("good", "bad")
     ]
     lonely = [{"prompt": "lonely", "completion": "only good", "label": True}]
-    dataset = prepared_rows([*halves, *lonely], tmp_path / "a")
+    dataset = prepared_rows([*halves, *lonely], tmp_path / "it's a")
     assert problems(dataset) == {"unpaired": 1}
     pairs = {
         row["prompt"][0]["content"]: (row["chosen"][0]["content"], row["rejected"][0]["content"])
@@ -245,10 +267,10 @@ def test_broken_sources_get_one_message(broken: Broken, tmp_path: Path, monkeypa
 
 
 names = st.sampled_from(
-    ["prompt", "chosen", "rejected", "messages", "label", "completion", "instruction", "output", "x"]
+    ["prompt", "chosen", "rejected", "messages", "label", "completion", "instruction", "output", "topic", "source", "x"]
 )
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(), max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "y"]), inner, max_size=3),
     max_leaves=8,
 )  # fmt: skip
@@ -432,7 +454,7 @@ def test_near_duplicates_are_kept_on_one_side(tmp_path: Path) -> None:
     originals = [" ".join(word() for _ in range(120)) for _ in range(60)]
     twins = [f"{prompt.title()}, {word()}!" for prompt in originals]
     rows = [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate([*originals, *twins])]
-    dataset = prepared_rows(rows, tmp_path / "a", **ANY)
+    dataset = prepared_rows(rows, tmp_path / "it's a", **ANY)
     found = all_rows(dataset)
     held_out = {number % 60 for number, row in found.items() if row["side"] == "held_out"}
     assert not held_out & {number % 60 for number, row in found.items() if row["side"] == "train"}

@@ -97,8 +97,8 @@ class Across:
     ) -> None:
         """Compare ``count`` pairs by their ``keys``; what is held out is theirs, or that of other keys."""
         self.connection, self._count = connection, count
-        connection.execute(f"create view keys as select * from {_file(keys)}")
-        connection.execute(f"create view held as select prompt from {_file(held_out or keys)} where held_out")
+        connection.execute(f"create view keys as select * from {scan(keys)}")
+        connection.execute(f"create view held as select prompt from {scan(held_out or keys)} where held_out")
         connection.execute("create table found (id bigint, problem utinyint)")
         for part in self._parts("prompt"):
             connection.execute(FIND.format(part=part))
@@ -163,15 +163,27 @@ class Across:
         yield from self.connection.cursor().sql(query).to_arrow_reader(50_000)
 
     def _parts(self, column: str) -> list[str]:
-        """Return conditions that cut the pairs, in the order of a hash, into parts of about ``PART``."""
-        count = min(256, math.ceil(self._count / PART)) or 1
-        starts = [256 * i // count for i in range(count)]
-        return [
-            f"{column} >= '\\x{low:02X}'::blob" + (f" and {column} < '\\x{high:02X}'::blob" if high < 256 else "")
-            for low, high in zip(starts, [*starts[1:], 256], strict=True)
-        ]
+        return parts(column, self._count, PART)
 
 
-def _file(path: Path) -> str:
+def parts(column: str, count: int, size: int, literal: str = "'\\x{:02X}'::blob") -> list[str]:
+    """Return conditions that cut ``count`` rows, in the order of a column of hashes, into parts of about ``size``.
+
+    Args:
+        column: holds hashes.
+        count: of the rows.
+        size: of a part; there are 256 at most.
+        literal: a first byte as the column writes it.
+    """
+    number = min(256, math.ceil(count / size)) or 1
+    starts = [256 * i // number for i in range(number)]
+    return [
+        f"{column} >= {literal.format(low)}" + (f" and {column} < {literal.format(high)}" if high < 256 else "")
+        for low, high in zip(starts, [*starts[1:], 256], strict=True)
+    ]
+
+
+def scan(path: Path) -> str:
+    """Return what stands for a Parquet file in a query."""
     quoted = str(path).replace("'", "''")
     return f"read_parquet('{quoted}')"

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from datasketch import MinHash
 
-from preference_tuning.data.across import Across
+from preference_tuning.data.across import Across, scan
 from preference_tuning.data.table import ParquetWriter, read_batches
 from preference_tuning.progress import bar
 
@@ -67,7 +67,7 @@ class NearDuplicates:
         run = self._across.connection.execute
         self._write_bands()
         for table in ("bands", "texts"):
-            run(f"create view {table} as select * from read_parquet('{self._folder / table}.parquet')")
+            run(f"create view {table} as select * from {scan(self._folder / f'{table}.parquet')}")
         run("create table twins (id bigint, other bigint, across boolean)")
         for band, (query, is_across) in itertools.product(range(self._bands), ((ACROSS, True), (WITHIN, False))):
             for pairs in self._confirmed(query.format(band=band)):

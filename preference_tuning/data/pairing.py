@@ -8,11 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preference_tuning.data.across import engine
+from preference_tuning.data.across import engine, parts, scan
 from preference_tuning.data.content import group_of_prompt
 from preference_tuning.data.pair import FlawError, Pair, Unpaired
 
 BATCH = 2000
+PART = 20_000
+"""Answers that are matched at a time, with their text."""
 SCHEMA = pa.schema(
     [
         ("prompt_key", pa.string()),
@@ -27,7 +29,7 @@ SCHEMA = pa.schema(
 MATCH = """
 with ranked as (
     select *, row_number() over (partition by prompt_key, good, held_out order by answer, row) as place
-    from read_parquet('{path}')
+    from {halves} where {part}
 )
 select {columns} from (select * from ranked where good) g {join} join (select * from ranked where not good) b
 on g.prompt_key = b.prompt_key and g.place = b.place and g.held_out is not distinct from b.held_out {where}
@@ -42,6 +44,7 @@ class Halves:
         self._folder = folder
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[dict[str, Any]] = []
+        self._count = 0
 
     def add(self, half: Unpaired, row: int, held_out: bool | None) -> None:
         """Keep an answer until all rows are read."""
@@ -63,6 +66,7 @@ class Halves:
                 "rest": json.dumps(rest),
             }
         )
+        self._count += 1
         if len(self._waiting) >= BATCH:
             self._flush()
 
@@ -101,8 +105,8 @@ class Halves:
         if self._writer is None:
             return
         self._writer.close()
-        path = str(self._folder / "halves.parquet").replace("'", "''")
+        how = {"columns": columns, "join": join, "where": where, "halves": scan(self._folder / "halves.parquet")}
         with engine(self._folder) as connection:
-            query = MATCH.format(columns=columns, join=join, where=where, path=path)
-            for batch in connection.sql(query).to_arrow_reader(BATCH):
-                yield from batch.to_pylist()
+            for part in parts("prompt_key", self._count, PART, literal="'{:02x}'"):
+                for batch in connection.sql(MATCH.format(part=part, **how)).to_arrow_reader(BATCH):
+                    yield from batch.to_pylist()

@@ -76,20 +76,25 @@ class Reader:
         Raises:
             DataError: a source cannot be read, or its format is not recognised.
         """
+        limits = self._config.max_row_bytes, self._config.allow_urls
+        readings = [sources.open_source(o, f, *limits) for o, f in zip(origins, fingerprints, strict=True)]
         self._several = len(origins) > 1
-        for origin, fingerprint in zip(origins, fingerprints, strict=True):
-            self.result.sources.append(self._read(origin, fingerprint, recognise))
+        for origin, fingerprint, reading, name in zip(
+            origins, fingerprints, readings, names_of(origins, readings), strict=True
+        ):
+            summary = table.SourceSummary(name=name, fingerprint=fingerprint, test_split=reading.test_split)
+            self._read(origin, reading, summary, recognise)
+            self.result.sources.append(summary)
         self._spool.close()
         self._keys.close()
         if self.result.rows == 0:
             raise DataError(f"{', '.join(s.name for s in self.result.sources)}: there are no rows")
         return self.result
 
-    def _read(self, origin: Origin, fingerprint: str, recognise: Recogniser) -> table.SourceSummary:
-        reading = sources.open_source(origin, fingerprint, self._config.max_row_bytes, self._config.allow_urls)
-        name = origin.name or Path(reading.name).name or reading.name
-        summary = table.SourceSummary(name=name, fingerprint=fingerprint, test_split=reading.test_split)
-        before = self.result.rows
+    def _read(
+        self, origin: Origin, reading: sources.Reading, summary: table.SourceSummary, recognise: Recogniser
+    ) -> None:
+        name, before = summary.name, self.result.rows
         rows = (row for row in with_progress(reading, name) if self._opened(row, name, reading))
         first = list(itertools.islice(rows, LOOKED_AT))
         if first:
@@ -99,7 +104,6 @@ class Reader:
                 self._examine(batch, origin, summary)
             summary.format, summary.recognised = convert.format.format, convert.format.description
         summary.rows = self.result.rows - before
-        return summary
 
     def _opened(self, row: Row, name: str, reading: sources.Reading) -> bool:
         self.result.rows += 1
@@ -203,6 +207,15 @@ class Reader:
             return candidate.held_out
         assert candidate.keys is not None
         return share_of(candidate.keys.group, self._config.seed) < self._config.held_out
+
+
+def names_of(origins: Sequence[Origin], readings: Sequence[sources.Reading]) -> list[str]:
+    """Return what reports call the sources: the name given, else that of the file, the whole path if it takes that."""
+    short = [Path(reading.name).name or reading.name for reading in readings]
+    return [
+        origin.name or (file if short.count(file) == 1 else reading.name)
+        for origin, reading, file in zip(origins, readings, short, strict=True)
+    ]
 
 
 def with_progress(reading: sources.Reading, name: str) -> Iterator[Row]:

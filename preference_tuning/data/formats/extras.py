@@ -84,7 +84,10 @@ class Extras:
 
 
 def _short(value: Any) -> str | None:
-    return value if type(value) is str and len(value) <= MAX_SOURCE_LENGTH and not is_blank(value) else None
+    if type(value) is not str or len(value) > MAX_SOURCE_LENGTH or is_blank(value):
+        return None
+    # Half a surrogate pair is no name, and cannot be written.
+    return value if value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value) else None
 
 
 def _group(value: Any, where: str) -> str:
