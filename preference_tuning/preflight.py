@@ -42,7 +42,7 @@ def _model(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    manifest = job.prepare(job.of_run(config, _found(config))).manifest
+    manifest = job.prepare_for_run(job.of_run(config, _found(config))).manifest
     sft_rows = manifest.sft if manifest.sft is not None else manifest.train
     config.sft.check_warmup("sft", sft_rows)
     if config.finetuning_type == "dpo":

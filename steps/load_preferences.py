@@ -32,6 +32,8 @@ def load_preferences(
     work = job.DataJob(
         config=data, fingerprints=source_fingerprints, tokens=tokens, output_dir=run.output_dir.absolute()
     )
-    dataset = job.prepare(work, again=run.fresh)
+    dataset = job.prepare_for_run(work, again=run.fresh)
+    of_run = list(findings.of_run(dataset.manifest, run.config))
     log_metadata(dataset.manifest.metadata())
-    return dataset.folder, HTMLString(report.render(dataset, findings.of_run(dataset.manifest, run.config)))
+    print(report.text(dataset.manifest, of_run))
+    return dataset.folder, HTMLString(report.render(dataset, of_run))

@@ -44,6 +44,13 @@ def test_a_path_alone(tmp_path: Path) -> None:
     assert (again.returncode, "name a new or empty folder" in again.stderr) == (2, True)
 
 
+def test_a_sample_too_small_to_split_is_shown_all_the_same(tmp_path: Path) -> None:
+    done = look(tmp_path, str(write_jsonl(tmp_path / "two.jsonl", preference_rows(2))))
+    assert done.returncode == 0, done.stderr
+    assert "two.jsonl: 2 rows as pairs" in done.stdout
+    assert "warning: two.jsonl: 2 different prompts split into 2 training and 0 held-out pairs" in done.stdout
+
+
 def test_a_config_with_its_tokenizer_for_machines(tmp_path: Path, tiny_model: Path) -> None:
     parameters = tiny_parameters(tiny_model, write_jsonl(tmp_path / "rows.jsonl", preference_rows(60)))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"parameters": parameters}), encoding="utf-8")

@@ -39,9 +39,19 @@ def test_a_run_tunes_measures_and_registers(finished: Finished) -> None:
         version["model_files"]
     )
     assert version["run"]["zenml_run"] == run["name"]
-    for line in ("tuned on", "reward accuracy", "verdict    promote", version["id"], "comet upload", run["name"]):
+    for line in (
+        "64 rows as pairs",
+        "chosen is longer",
+        "fingerprint",
+        "tuned on",
+        "reward accuracy",
+        "verdict    promote",
+        version["id"],
+        "comet upload",
+        run["name"],
+    ):
         assert line in shown
-    assert len(shown.splitlines()) < 30, "one screen"
+    assert len(shown.splitlines()) < 50, "one screen"
 
 
 def test_the_reference_is_the_sft_policy(finished: Finished) -> None:
@@ -195,6 +205,7 @@ def files(project: Project) -> list[str]:
         (["data.columns.chosen=best"], 3, "no column 'best' (data.columns.chosen); the columns are 'prompt', 'chosen'"),
         (["data.source=broken.jsonl"], 3, "broken.jsonl, line 2: not JSON"),
         (["data.source=null.jsonl"], 3, "(line 3: `chosen` is null)"),
+        (["data.source=two.jsonl"], 3, "2 different prompts split into"),
         (["data.source=https://example.org/rows.jsonl"], 3, "set data.allow_urls: true"),
         (["dpo.warmup_steps=500"], 2, "dpo.warmup_steps: 500 of"),
         (["base_model.source=no/where/at/all"], 2, "no such file or directory"),
@@ -213,6 +224,7 @@ def test_bad_input_is_told_before_anything_runs(
     project = finished.project
     rows = preference_rows(8)
     write_jsonl(project.folder / "null.jsonl", [*rows[:2], {**rows[2], "chosen": None}, *rows[3:]])
+    write_jsonl(project.folder / "two.jsonl", rows[:2])
     (project.folder / "empty.jsonl").touch()
     (project.folder / "broken.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
     before = files(project)

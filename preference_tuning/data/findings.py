@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from preference_tuning.config import RunConfig, StageConfig
-from preference_tuning.data.lengths import Cuts
-from preference_tuning.data.table import Finding, LengthBias, Manifest
+from preference_tuning.data.table import Finding, Manifest
 
 BIASED_SHARE = 0.75
 BIASED_EFFECT = 0.8
@@ -13,9 +12,9 @@ FEW_STEPS = 20
 MANY_EPOCHS = 10
 
 
-def of_set(bias: LengthBias, near_duplicates: int | None, prompts: int, cuts: Cuts, pairs: int) -> Iterator[Finding]:
+def of_set(manifest: Manifest) -> Iterator[Finding]:
     """Yield the findings that need nothing but the pairs."""
-    share = bias.chosen_longer
+    bias, share = manifest.length_bias, manifest.length_bias.chosen_longer
     if max(share, 1 - share) >= BIASED_SHARE or abs(bias.effect) >= BIASED_EFFECT:
         kind = "longer" if share >= 0.5 else "shorter"
         yield _warn(
@@ -23,21 +22,31 @@ def of_set(bias: LengthBias, near_duplicates: int | None, prompts: int, cuts: Cu
             f"chosen is the {kind} answer in {max(share, 1 - share):.0%} of the pairs (effect size d = "
             f"{bias.effect:.2f}): a model can learn to be {kind} instead of better",
         )
-    if near_duplicates:
-        yield Finding(
-            name="near_duplicates",
-            level="note",
-            message=f"{near_duplicates} of {prompts} prompts are nearly the same as another one",
-        )
-    if cuts.answers > pairs * 0.01:
+    if problem := empty_side(manifest):
+        yield _warn("empty_side", problem)
+    if manifest.near_duplicate_prompts:
+        count, prompts = manifest.near_duplicate_prompts, manifest.prompts
+        yield _note("near_duplicates", f"{count} of {prompts} prompts are nearly the same as another one")
+    if manifest.answers_cut > (manifest.train + manifest.held_out) * 0.01:
         yield _warn(
             "answers_cut",
-            f"{cuts.answers} pairs have an answer that dpo.max_length cuts, so the model never sees it end "
-            f"({cuts.sft_answers} of the chosen ones also in SFT)",
+            f"{manifest.answers_cut} pairs have an answer that dpo.max_length cuts, so the model never sees it end "
+            f"({manifest.sft_answers_cut} of the chosen ones also in SFT)",
         )
-    if cuts.prompts:
-        message = f"{cuts.prompts} pairs have the beginning of their prompt cut"
-        yield Finding(name="prompts_cut", level="note", message=message)
+    if manifest.prompts_cut:
+        yield _note("prompts_cut", f"{manifest.prompts_cut} pairs have the beginning of their prompt cut")
+
+
+def empty_side(manifest: Manifest) -> str | None:
+    """Return why a set cannot be trained on and measured: a side of its split is empty."""
+    if manifest.train and manifest.held_out:
+        return None
+    share = manifest.held_out_share
+    how = "the source's own split" if share is None else f"data.held_out (now {share:g})"
+    return (
+        f"{manifest.source}: {manifest.prompts} different prompts split into {manifest.train} training and "
+        f"{manifest.held_out} held-out pairs, and a run needs both; give more prompts, or change {how}"
+    )
 
 
 def of_run(manifest: Manifest, config: RunConfig) -> Iterator[Finding]:
@@ -74,3 +83,7 @@ def _of_stage(name: str, stage: StageConfig, rows: int) -> Iterator[Finding]:
 
 def _warn(name: str, message: str) -> Finding:
     return Finding(name=name, level="warning", message=message)
+
+
+def _note(name: str, message: str) -> Finding:
+    return Finding(name=name, level="note", message=message)

@@ -7,8 +7,9 @@ from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DataConfig, RunConfig
-from preference_tuning.data import sources
+from preference_tuning.data import findings, sources
 from preference_tuning.data.table import Dataset, Manifest
+from preference_tuning.errors import DataError
 from preference_tuning.models.source import ModelSource
 
 MODULE = "preference_tuning.data"
@@ -85,11 +86,24 @@ def of_data(config: DataConfig) -> DataJob:
     return DataJob(config=config, fingerprints=fingerprints_of(config), tokens=None, output_dir=output_dir)
 
 
+def prepare_for_run(job: DataJob, again: bool = False) -> Dataset:
+    """Return the dataset of a job as ``prepare`` does, and insist on pairs on both sides of the split.
+
+    Raises:
+        DataError: as ``prepare``, or a side is empty.
+        ConfigError: as ``prepare``.
+    """
+    dataset = prepare(job, again)
+    if problem := findings.empty_side(dataset.manifest):
+        raise DataError(problem)
+    return dataset
+
+
 def prepare(job: DataJob, again: bool = False) -> Dataset:
     """Return the dataset of a job; finished work is not done twice unless ``again``.
 
     Raises:
-        DataError: the data cannot be trained on.
+        DataError: a source cannot be read, or too many of its rows cannot be used.
         ConfigError: the tokenizer cannot be loaded.
     """
     folder = job.output_dir / "data" / fingerprint.of_value(job.identity())[:16]

@@ -44,7 +44,7 @@ def prepare(
         tokens: what the rows are measured with; None leaves everything that is counted in tokens unchecked.
 
     Raises:
-        DataError: a source cannot be read, too many rows cannot be used, or a side of the split is empty.
+        DataError: a source cannot be read, too many rows cannot be used, or none is left.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -99,7 +99,8 @@ class _Preparing:
         problems, sample = across.problems(), across.sample(SAMPLE)
         sizes = splitting.split(self.work / SPOOL, self.folder, self.work, problems, sample, self.ledger, self.measures)
         self._check(spooled)
-        self._check_sides(spooled, sizes, across.prompts())
+        if not sum(sizes.values()):
+            raise DataError(f"{_names(spooled)}: no pair is left")
         return self._manifest(spooled, sizes, across, near, self._answers())
 
     def _recognise(self, source: SourceConfig, name: str, rows: list[dict[str, Any]]) -> Format:
@@ -114,15 +115,6 @@ class _Preparing:
         similarity = self.config.near_duplicate_similarity
         return NearDuplicates(across, self.work / SPOOL, self.work, similarity).find()
 
-    def _check_sides(self, spooled: Spooled, sizes: Mapping[str, int], prompts: int) -> None:
-        if all(sizes.values()):
-            return
-        how = "the source's own split" if spooled.own_split else f"data.held_out (now {self.config.held_out:g})"
-        raise DataError(
-            f"{_names(spooled)}: {prompts} different prompts split into {sizes['train']} training and "
-            f"{sizes['held_out']} held-out pairs, and neither side may be empty; give more prompts, or change {how}"
-        )
-
     def _answers(self) -> sft.Answers | None:
         if self.config.sft_source is None:
             return None
@@ -136,8 +128,7 @@ class _Preparing:
         content, split = across.fingerprints(*([answers.content] if answers else []))
         cuts = tokens.cuts if tokens else lengths.Cuts()
         measured = self._measure()
-        prompts, bias, pairs = across.prompts(), self.measures.bias(), sum(sizes.values())
-        return table.Manifest(
+        manifest = table.Manifest(
             fingerprint=content,
             split_fingerprint=split,
             sources=spooled.sources,
@@ -146,13 +137,13 @@ class _Preparing:
             pairs=spooled.pairs,
             **sizes,
             sft=answers.rows if answers else None,
-            prompts=prompts,
+            prompts=across.prompts(),
             problems=sorted(self.ledger.counts.values(), key=lambda count: -count.rows),
             sft_problems=answers.problems if answers else [],
-            findings=list(findings.of_set(bias, near, prompts, cuts, pairs)),
+            findings=[],
             seed=config.seed,
             held_out_share=None if spooled.own_split else config.held_out,
-            length_bias=bias,
+            length_bias=self.measures.bias(),
             unit="tokens" if tokens else "characters",
             sampled=len(measured["prompt"]),
             lengths={name: _quantiles(values) for name, values in measured.items()},
@@ -166,6 +157,7 @@ class _Preparing:
             by_source=self.measures.named("source"),
             near_duplicate_prompts=near,
         )
+        return manifest.model_copy(update={"findings": list(findings.of_set(manifest))})
 
     def _measure(self) -> dict[str, list[int]]:
         """Measure the sample, keep the lengths beside the dataset, and return them."""
