@@ -6,7 +6,6 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -450,7 +449,10 @@ def test_the_split_manifest_lists_every_pair(tmp_path: Path) -> None:
 def test_near_duplicates_are_kept_on_one_side(tmp_path: Path) -> None:
     """A twin of every prompt, with other punctuation and one word of forty changed: none may be trained on."""
     rng = random.Random(0)
-    word: Callable[[], str] = lambda: "".join(rng.choices("abcdefghij", k=5))  # noqa: E731
+
+    def word() -> str:
+        return "".join(rng.choices("abcdefghij", k=5))
+
     originals = [" ".join(word() for _ in range(120)) for _ in range(60)]
     twins = [f"{prompt.title()}, {word()}!" for prompt in originals]
     rows = [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate([*originals, *twins])]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preference_tuning.config.schema import Columns, SFTSourceConfig, SourceConfig
+from preference_tuning.config import Columns, SFTSourceConfig, SourceConfig
 from preference_tuning.data.formats import recognise, recognise_sft
 from preference_tuning.data.pair import FlawError, Pair, Unpaired
 from preference_tuning.errors import DataError

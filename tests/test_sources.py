@@ -20,8 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from preference_tuning import fingerprint
-from preference_tuning.config import DataConfig
-from preference_tuning.config.schema import SFTSourceConfig
+from preference_tuning.config import DataConfig, SFTSourceConfig
 from preference_tuning.data import sources
 from preference_tuning.data.pair import Row
 from preference_tuning.data.sources import json_rows, origins, tabular

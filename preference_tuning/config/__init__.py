@@ -3,26 +3,23 @@
 Imports neither torch nor zenml, so that a typo is answered at once.
 """
 
+from preference_tuning.config.data import Columns, DataConfig, Origin, Problems, SFTSourceConfig, SourceConfig
 from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.schema import (
     BaseModelConfig,
-    DataConfig,
     DPOConfig,
     EvaluationConfig,
     LoraConfig,
-    Origin,
-    Problems,
     RegistryConfig,
     RunConfig,
     SFTConfig,
-    SFTSourceConfig,
-    SourceConfig,
     StageConfig,
     TrackingConfig,
 )
 
 __all__ = [
     "BaseModelConfig",
+    "Columns",
     "DPOConfig",
     "DataConfig",
     "EvaluationConfig",

@@ -14,7 +14,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from preference_tuning.config.schema import DataConfig, RunConfig, Section
+from preference_tuning.config.data import DataConfig
+from preference_tuning.config.schema import RunConfig
+from preference_tuning.config.section import Section
 from preference_tuning.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from preference_tuning.config.schema import Columns
+from preference_tuning.config import Columns
 from preference_tuning.data.formats.messages import is_turn
 from preference_tuning.data.formats.values import is_blank
 from preference_tuning.errors import DataError

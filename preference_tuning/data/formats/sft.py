@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preference_tuning.config.schema import Columns, SFTSourceConfig
+from preference_tuning.config import Columns, SFTSourceConfig
 from preference_tuning.data.formats.prompt_columns import TEXT_NAMES, TURN_NAMES, find_prompt, without_prompt
 from preference_tuning.data.formats.rows import SingleRows
 from preference_tuning.data.formats.sample import Sample, decoded_row

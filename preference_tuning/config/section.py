@@ -1,0 +1,27 @@
+"""What all sections of a run config have in common."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the run config: unknown keys are errors, values are fixed once read, nan and inf are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
+        # pydantic would take `beta: true` as 1.0, and `load_in_4bit: "no"` as False.
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        wants_bool = "bool" in annotation
+        if isinstance(value, bool) and not wants_bool:
+            raise ValueError("true and false are not accepted here")
+        if wants_bool and not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
