@@ -508,7 +508,7 @@ def test_an_sft_source_is_checked_and_never_holds_a_held_out_prompt(tmp_path: Pa
     answers = [{"instruction": row["prompt"], "input": "", "output": f"Better: {row['chosen']}"} for row in PLAIN]
     answers += [answers[0], {"instruction": "What else?", "input": "", "output": "This."}]
     path = write_jsonl(tmp_path / "sft.jsonl", answers)
-    dataset = prepared_rows(PLAIN, tmp_path, sft_source={"source": str(path)}, **ANY)
+    dataset = prepared_rows(PLAIN, tmp_path, sft_source={"source": str(path)})
     held_out = {row["prompt"][0]["content"] for row in dataset.rows("held_out")}
     asked = [row["prompt"][0]["content"] for row in dataset.rows("sft")]
     assert not held_out & set(asked)

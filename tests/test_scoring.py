@@ -265,3 +265,41 @@ def test_the_literatures_values(tmp_path: Path, loss: str, beta: float) -> None:
         }  # fmt: skip
         assert engine.compute_loss(engine.model, batch).item() == pytest.approx(expected, abs=1e-6)
     assert pytest.approx(math.log(2), abs=1e-6) == KNOWN_LOSSES[loss, beta][0]
+
+
+@pytest.mark.parametrize(
+    "reference_of", ["the policy", "the base model", "another adapter", "another template", "other data"]
+)
+def test_a_reference_that_is_not_the_policy_is_caught(tmp_path: Path, reference_of: str) -> None:
+    """Broken on purpose in the four ways in which a reference goes wrong unseen: training would start from them all."""
+    import contextlib
+
+    from preference_tuning.errors import DivergedError
+    from preference_tuning.training import reference
+
+    model = adapted("Llama")
+    engine = trainer(tmp_path, model, True, ["sigmoid"])
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "pad_id": 0, "shared": True}
+    rows = engine.train_dataset.remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
+    of_reference = {
+        "another template": rows.map(lambda row: {"prompt_ids": [3, *row["prompt_ids"]]}),
+        "other data": rows.select([1, 2, 0]),
+    }.get(reference_of, rows)
+    weights = {name: value.clone() for name, value in model.named_parameters() if "lora_B" in name}
+    if reference_of == "another adapter":
+        model.load_state_dict({name: value * 1.5 for name, value in weights.items()}, strict=False)
+    with model.disable_adapter() if reference_of == "the base model" else contextlib.nullcontext():
+        stored = reference.add_reference(of_reference, tmp_path / "r", "key", model, "reference", batch_size=3, **how)
+    model.load_state_dict(weights, strict=False)
+    columns = {name: stored[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    engine.train_dataset = rows.add_column("ref_chosen_logps", list(columns["ref_chosen_logps"])).add_column(
+        "ref_rejected_logps", list(columns["ref_rejected_logps"])
+    )
+    loss, difference, pairs = reference.measure(engine, **how)
+    assert pairs == 3
+    tolerance = reference.TOLERANCE[torch.float32]
+    if reference_of == "the policy":
+        assert reference.check(loss, difference, 0.3, ["sigmoid"], tolerance) == math.log(2)
+        return
+    with pytest.raises(DivergedError, match="the DPO reference is not the SFT policy"):
+        reference.check(loss, difference, 0.3, ["sigmoid"], tolerance)

@@ -1,6 +1,7 @@
 """What is wrong with which rows: counted, shown with their places, kept apart, and none lost without a reason."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ SHOWN = 20
 """Places listed for each problem; the quarantine has all dropped rows."""
 GOES_ON = ("keep", "keep_end")
 NOT_LOST = ("tie",)
-"""Rows that never held a preference: counted and kept apart, but no sign of damage."""
+"""Problems that are no sign of damage: a row that never held a preference is counted and kept apart, and not lost."""
 
 
 class Ledger:
     """Counts the problems of one kind of rows (the pairs, or the SFT answers), and writes the rows left out."""
 
-    def __init__(self, policies: Problems, quarantine: Path) -> None:
-        self._policies = policies.model_dump()
+    def __init__(self, policies: Problems, quarantine: Path, not_lost: Container[str] = NOT_LOST) -> None:
+        """Count under these policies; rows with a problem in ``not_lost`` do not count towards the limit."""
+        self._policies, self._not_lost = policies.model_dump(), not_lost
         self._quarantine = quarantine.open("a", encoding="utf-8")
         self.counts: dict[str, ProblemCount] = {}
 
@@ -47,7 +49,7 @@ class Ledger:
 
     def lost(self) -> int:
         """Return how many rows are left out that held a preference, or seemed to."""
-        return sum(c.rows for c in self.counts.values() if c.policy not in GOES_ON and c.problem not in NOT_LOST)
+        return sum(c.rows for c in self.counts.values() if c.policy not in GOES_ON and c.problem not in self._not_lost)
 
     def check(self, name: str, total: int, max_dropped: float) -> None:
         """Stop the run if a problem is to be an error, or too many rows are left out.

@@ -12,7 +12,7 @@ from preference_tuning.config import DataConfig, SFTSourceConfig
 from preference_tuning.data import formats, table
 from preference_tuning.data.across import Across, engine
 from preference_tuning.data.content import TextRules
-from preference_tuning.data.ledger import GOES_ON, Ledger
+from preference_tuning.data.ledger import GOES_ON, NOT_LOST, Ledger
 from preference_tuning.data.lengths import TokenRules
 from preference_tuning.data.pair import Pair, Unpaired
 from preference_tuning.data.reading import KEYS, SPOOL, Reader
@@ -73,7 +73,8 @@ def prepare(
     assert config.sft_source is not None
     own = work / "sft"
     own.mkdir()
-    with Ledger(config.problems, folder / table.QUARANTINE) as ledger:
+    # An SFT set may well hold all prompts of the preferences; that the held-out ones leave it is no damage.
+    with Ledger(config.problems, folder / table.QUARANTINE, not_lost=(*NOT_LOST, "leak")) as ledger:
         spooled = Reader(config, own, ledger, text, tokens).read([config.sft_source], [fingerprint], _recognise)
         rows, content = _write(config, folder, own, work, spooled.sources[0].pairs, ledger)
     (source,) = spooled.sources
