@@ -462,6 +462,8 @@ def test_near_duplicates_are_kept_on_one_side(tmp_path: Path) -> None:
     assert not held_out & {number % 60 for number, row in found.items() if row["side"] == "train"}
     assert dataset.manifest.near_duplicate_prompts == 120
     assert problems(dataset)["near_duplicate"] == 120 - len(found)
+    shuffled = prepared_rows(rng.sample(rows, len(rows)), tmp_path / "c", **ANY)
+    assert shuffled.manifest.split_fingerprint == dataset.manifest.split_fingerprint
     blind = prepared_rows(rows, tmp_path / "b", near_duplicates=False)
     sides = {number: row["side"] for number, row in all_rows(blind).items()}
     assert {number: sides[number] for number in found} == {number: row["side"] for number, row in found.items()}

@@ -158,7 +158,7 @@ class DataConfig(SourceConfig):
     max_prompt_length: int | None = Field(None, ge=1)
     """Longest prompt, in tokens; it never takes room from an answer. None: whatever leaves room for an answer."""
     near_duplicates: bool = True
-    """Look for prompts that are nearly the same (MinHash); half a millisecond a prompt."""
+    """Look for prompts that are nearly the same (MinHash); about 0.3 ms a prompt."""
     near_duplicate_similarity: float = Field(0.9, gt=0, le=1)
     """Jaccard similarity of the prompts' three-word sequences from which on they are nearly the same."""
     held_out: Share = 0.05

@@ -33,7 +33,7 @@ KEYS = pa.schema(
 )
 
 PROBLEMS = ("", "leak", "contradiction", "duplicate", "near_duplicate")
-"""What a pair's entry in the array of ``Comparison`` stands for."""
+"""What a pair's entry in ``Across.problems`` stands for."""
 
 # Run on one part of the pairs after another. What is compared has the prompt in common, so parts by prompts are whole.
 # A leak comes first: of a pair that is on both sides the held-out one stays. Within a side a pair preferred both ways
@@ -130,8 +130,8 @@ class Across:
         return sum(int(count) for ((count,),) in counts)
 
     def firsts(self) -> NDArray[np.bool_]:
-        """Return the first kept pair of each prompt."""
-        query = "select min(id) as id from kept where {} group by prompt"
+        """Return one kept pair of each prompt, that with the smallest hash."""
+        query = "select arg_min(id, content) as id from kept where {} group by prompt"
         return self.ids(*(query.format(part) for part in self._parts("prompt")))
 
     def ids(self, *queries: str) -> NDArray[np.bool_]:

@@ -27,14 +27,15 @@ LONGEST = 20_000
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 
+# Everything in a bucket is compared with one of it, chosen by its content: the order of rows decides nothing.
 ACROSS = """
-with sides as (select b.id, b.key, held_out from bands b join keys using (id) where band = {band}),
-held as (select key, min(id) as other from sides where held_out group by key)
+with sides as (select b.id, b.key, held_out, content from bands b join keys using (id) where band = {band}),
+held as (select key, arg_min(id, content) as other from sides where held_out group by key)
 select id, other from sides join held using (key) where not held_out
 """
 WITHIN = """
-with here as (select id, key from bands where band = {band}),
-firsts as (select key, min(id) as other from here group by key having count(*) > 1)
+with here as (select b.id, b.key, content from bands b join keys using (id) where band = {band}),
+firsts as (select key, arg_min(id, content) as other from here group by key having count(*) > 1)
 select id, other from here join firsts using (key) where id <> other
 """
 
