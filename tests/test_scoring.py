@@ -108,9 +108,18 @@ def test_answers_do_not_see_each_other() -> None:
     assert before[0] != after[0]
 
 
+def word_level() -> Any:
+    """A tokenizer of as many words as the tiny models know."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2")
+
+
 def trainer(tmp_path: Path, model: Any, shared: bool, loss_type: list[str], **settings: Any) -> Any:
     import datasets
-    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig
 
     from preference_tuning.training.trainers import PreferenceTrainer
@@ -125,14 +134,8 @@ def trainer(tmp_path: Path, model: Any, shared: bool, loss_type: list[str], **se
         output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", beta=0.3,
         loss_type=loss_type, max_length=None, per_device_train_batch_size=3, **settings,
     )  # fmt: skip
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), pad_token="t0", eos_token="t2"
-    )
     return PreferenceTrainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=word_level(),
         dtype=torch.float32, pad_id=0, shared_prompt=shared,
     )  # fmt: skip
 
@@ -265,6 +268,44 @@ def test_the_literatures_values(tmp_path: Path, loss: str, beta: float) -> None:
         }  # fmt: skip
         assert engine.compute_loss(engine.model, batch).item() == pytest.approx(expected, abs=1e-6)
     assert pytest.approx(math.log(2), abs=1e-6) == KNOWN_LOSSES[loss, beta][0]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "Gemma", "Phi"])
+def test_sft_equals_stock_trl(tmp_path: Path, family: str) -> None:
+    """The loss on the answers' tokens and its gradient, with rows of unequal lengths and an answer of one token."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from preference_tuning.training.trainers import AnswerSFTTrainer
+
+    model = adapted(family)
+    rows = datasets.Dataset.from_list([{**pair, "length": 1} for pair in PAIRS])
+    plain = [
+        {
+            "input_ids": pair["prompt_ids"] + pair["chosen_ids"],
+            "labels": [-100] * len(pair["prompt_ids"]) + pair["chosen_ids"],
+        }
+        for pair in PAIRS
+    ]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        max_length=None, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    common = {"model": model, "args": arguments, "processing_class": word_level()}
+    ours = AnswerSFTTrainer(train_dataset=rows, eval_dataset=rows, dtype=torch.float32, pad_id=0, **common)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0)
+    stock = SFTTrainer(train_dataset=datasets.Dataset.from_list(plain), data_collator=collator, **common)
+    found = {}
+    for name, engine, batch in (("ours", ours, ours.data_collator(list(rows))), ("stock", stock, collator(plain))):
+        engine.model.train()
+        engine.model.zero_grad()
+        loss = engine.compute_loss(engine.model, batch)
+        loss.backward()
+        found[name] = loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert found["ours"][0] == pytest.approx(found["stock"][0], abs=1e-5)
+    difference = (found["ours"][1] - found["stock"][1]).norm() / found["stock"][1].norm()
+    assert difference < 1e-4
 
 
 @pytest.mark.parametrize(
