@@ -30,8 +30,7 @@ def of_set(manifest: Manifest) -> Iterator[Finding]:
     if manifest.answers_cut > (manifest.train + manifest.held_out) * 0.01:
         yield _warn(
             "answers_cut",
-            f"{manifest.answers_cut} pairs have an answer that dpo.max_length cuts, so the model never sees it end "
-            f"({manifest.sft_answers_cut} of the chosen ones also in SFT)",
+            f"{manifest.answers_cut} pairs have an answer that dpo.max_length cuts, so the model never sees it end",
         )
     if manifest.prompts_cut:
         yield _note("prompts_cut", f"{manifest.prompts_cut} pairs have the beginning of their prompt cut")

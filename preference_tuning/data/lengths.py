@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from preference_tuning.data.content import TextRules
@@ -14,21 +14,11 @@ NORMALISED = 3
 """Bytes that a tokenizer's Unicode normalisation (NFC) may make of one."""
 
 
-@dataclass
-class Cuts:
-    """How many rows the limits cut, over all rows."""
-
-    prompts: int = 0
-    answers: int = 0
-    sft_answers: int = 0
-
-
 class TokenRules:
     """Checks pairs against the room that training gives them."""
 
     def __init__(self, tokenizer: chat.Tokenizer, room: chat.Room, sft_length: int) -> None:
         self.tokenizer, self.room = tokenizer, room
-        self.cuts = Cuts()
         self._sft_length = sft_length
         self._template = str(tokenizer.chat_template)
         self._overheads: dict[tuple[str, ...], int | chat.Refused] = {}
@@ -70,14 +60,11 @@ class TokenRules:
             return [(row.problem, row.detail)]
         found = []
         if row.prompt_cut:
-            self.cuts.prompts += 1
             found.append(("long_prompt", f"the prompt is cut to its last {len(row.prompt_ids)} tokens"))
         answer_room = self.room.max_length - len(row.prompt_ids)
         if any(row.answer_cut):
-            self.cuts.answers += 1
             detail = f"prompt and answer have {max(row.lengths)} tokens, and max_length is {self.room.max_length}"
             found.append(("answer_cut", detail))
-            self.cuts.sft_answers += row.lengths[0] > self._sft_length
             if len(row.answer_ids) == 2 and row.answer_ids[0] == row.answer_ids[1]:
                 found.append(("identical_after_cut", f"the answers differ only after their first {answer_room} tokens"))
         return found

@@ -126,7 +126,6 @@ class _Preparing:
     ) -> table.Manifest:
         config, tokens = self.config, self.tokens
         content, split = across.fingerprints(*([answers.content] if answers else []))
-        cuts = tokens.cuts if tokens else lengths.Cuts()
         measured = self._measure()
         manifest = table.Manifest(
             fingerprint=content,
@@ -150,9 +149,6 @@ class _Preparing:
             max_length=tokens.room.max_length if tokens else None,
             max_prompt_length=config.max_prompt_length,
             keep_end=config.problems.long_prompt == "keep_end",
-            prompts_cut=cuts.prompts,
-            answers_cut=cuts.answers,
-            sft_answers_cut=cuts.sft_answers,
             topics=self.measures.named("topic"),
             by_source=self.measures.named("source"),
             near_duplicate_prompts=near,

@@ -132,9 +132,6 @@ class Manifest(BaseModel):
     max_length: int | None
     max_prompt_length: int | None
     keep_end: bool
-    prompts_cut: int
-    answers_cut: int
-    sft_answers_cut: int
     topics: dict[str, int]
     by_source: dict[str, int]
     near_duplicate_prompts: int | None
@@ -144,6 +141,16 @@ class Manifest(BaseModel):
     def source(self) -> str:
         """The names of the sources."""
         return ", ".join(source.name for source in self.sources)
+
+    @property
+    def answers_cut(self) -> int:
+        """Pairs with an answer that loses its end."""
+        return sum(count.rows for count in self.problems if count.problem == "answer_cut")
+
+    @property
+    def prompts_cut(self) -> int:
+        """Pairs with a prompt that loses its beginning."""
+        return sum(c.rows for c in self.problems if c.problem == "long_prompt" and c.policy == "keep_end")
 
     @property
     def dropped(self) -> int:
