@@ -209,7 +209,7 @@ trees = st.recursive(words, lambda inner: st.lists(inner, max_size=3) | st.dicti
 sections = st.dictionaries(st.sampled_from([*config.RunConfig.model_fields, "dpoo"]), trees, max_size=5)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(parameters=sections, rest=st.dictionaries(st.sampled_from(["model", "steps", "retry", "x"]), trees, max_size=2))
 def test_no_config_ends_in_a_traceback(tmp_path: Path, parameters: dict[str, object], rest: dict[str, object]) -> None:
     import yaml

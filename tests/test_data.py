@@ -275,7 +275,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.dictionaries(names, values, max_size=5), min_size=1, max_size=4))
 def test_arbitrary_rows_end_in_one_error_or_in_pairs(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     try:
@@ -315,7 +315,7 @@ def test_limits_are_counted_in_tokens(tmp_path: Path, tokenizer: Any) -> None:
 words = st.text(alphabet=st.sampled_from("ab é漢\n<|"), max_size=60).map(lambda text: f"x{text}")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(prompt=words, chosen=words, rejected=words, length=st.integers(16, 80), bound=st.none() | st.integers(1, 80))
 def test_rows_that_are_not_tokenised_could_not_reach_a_limit(
     tokenizer: Any, prompt: str, chosen: str, rejected: str, length: int, bound: int | None
@@ -336,7 +336,7 @@ def test_rows_that_are_not_tokenised_could_not_reach_a_limit(
     assert bool({"long_prompt", "answer_cut"} & {name for name, _ in found}) == stopped
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     prompt=st.integers(1, 60),
     answer=st.integers(1, 60),
@@ -411,7 +411,7 @@ def test_rows_are_shown_as_the_model_reads_them(tmp_path: Path, tokenizer: Any) 
 prompts = st.lists(st.sampled_from([f"question {i}" for i in range(30)]), min_size=30, max_size=60)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=prompts, order=st.randoms())
 def test_the_split_never_shares_a_prompt_and_never_moves(
     tmp_path: Path, asked: list[str], order: random.Random

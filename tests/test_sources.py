@@ -419,7 +419,7 @@ anything = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries
 many = st.lists(st.dictionaries(st.text(), anything, max_size=4), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=many, chunk=st.integers(1, 40), indent=st.sampled_from([None, 1]), ascii_=st.booleans())
 def test_json_is_the_same_wherever_it_is_cut_into_pieces(
     rows: list[dict[str, Any]], chunk: int, indent: int | None, ascii_: bool, tmp_path: Path
@@ -443,7 +443,7 @@ def refusal(path: Path) -> DataError | None:
     return None
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     data=st.one_of(
         st.binary(max_size=200),
@@ -463,7 +463,7 @@ def test_no_bytes_lead_to_anything_but_rows_or_the_one_error(data: bytes, name: 
     assert name in str(refusal(path) or name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     place=st.integers(0, 5000), byte=st.integers(0, 255), packing=st.sampled_from(["jsonl.gz", "json.zst", "parquet"])
 )
