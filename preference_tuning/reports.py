@@ -155,10 +155,7 @@ def histogram(
     limits = marks or {}
     low, high = min(values), max(*values, *limits.values()) if limits else max(values)
     width = (high - low) / bins or 1.0
-    counts = {
-        name: [sum(min(int((v - low) / width), bins - 1) == i for v in group) for i in range(bins)]
-        for name, group in groups.items()
-    }
+    counts = {name: _counted(group, low, width, bins) for name, group in groups.items()}
     top = max(max(c) for c in counts.values())
     x_ticks, y_ticks = _ticks(low, high), _ticks(0, top)
     plot = _Plot((low, low + width * bins), (0, max(y_ticks[-1], top)))
@@ -175,6 +172,14 @@ def histogram(
             f"<text x='{x - 4}' y='{TOP + 10}' text-anchor='end'>{text(name)}</text>"
         )
     return _figure(title, "".join(parts), list(groups))
+
+
+def _counted(values: Sequence[float], low: float, width: float, bins: int) -> list[int]:
+    """Return how many values lie in each bin; the last one holds its upper end too."""
+    counts = [0] * bins
+    for value in values:
+        counts[min(int((value - low) / width), bins - 1)] += 1
+    return counts
 
 
 def bars(title: str, values: Mapping[str, float], form: str = "{:g}", top: float | None = None) -> Html:

@@ -56,3 +56,11 @@ def test_charts_of_little_or_odd_data() -> None:
         ElementTree.fromstring(reports.line_chart("Loss", {"training": values}))
     assert reports.histogram("x", {"a": []}, "x") == ""
     ElementTree.fromstring(reports.histogram("x", {"a": [5.0, 5.0]}, "x"))
+
+
+def test_a_histogram_counts_every_value_once() -> None:
+    """Twenty bins over 0 to 20, the last one with its upper end; a limit beyond the values widens them."""
+    drawn = reports.histogram("x", {"a": [0.0, 0.5, 1.0, 19.5, 20.0]}, "x", marks={})
+    bars = [float(bar.get("height", "0")) for bar in ElementTree.fromstring(drawn).iter("rect")]
+    assert [round(height / max(bars), 2) for height in bars] == [1.0, 0.5, *[0.0] * 17, 1.0]
+    assert ">limit</text>" in reports.histogram("x", {"a": [1.0]}, "x", marks={"limit": 9.0})
