@@ -47,13 +47,13 @@ def shingles(prompt: list[dict[str, Any]]) -> set[bytes]:
     return {" ".join(words[i : i + 3]).encode() for i in range(max(1, len(words) - 2))}
 
 
-def bands(similarity: float) -> tuple[int, int]:
-    """Return ``(bands, rows)`` of ``PERMUTATIONS`` that find pairs of this similarity with ``RECALL``."""
+def bands(similarity: float) -> int:
+    """Return into how many bands to cut ``PERMUTATIONS`` to find pairs of this similarity with ``RECALL``."""
     for rows in (32, 16, 8, 4, 2):
         count = PERMUTATIONS // rows
         if 1 - (1 - similarity**rows) ** count >= RECALL:
-            return count, rows
-    return PERMUTATIONS, 1
+            return count
+    return PERMUTATIONS
 
 
 class NearDuplicates:
@@ -61,7 +61,7 @@ class NearDuplicates:
 
     def __init__(self, across: Across, spool: Path, folder: Path, similarity: float) -> None:
         self._across, self._spool, self._folder, self._similarity = across, spool, folder, similarity
-        self._bands, _ = bands(similarity)
+        self._bands = bands(similarity)
 
     def find(self) -> int:
         """Mark the training pairs whose prompt is nearly a held-out one; return how many prompts have a near twin."""

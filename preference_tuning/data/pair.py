@@ -8,7 +8,6 @@ Message = dict[str, Any]
 ``tool_call_id`` and ``name``, in OpenAI's form."""
 Messages = list[Message]
 
-ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name")
 
 

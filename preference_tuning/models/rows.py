@@ -13,8 +13,6 @@ from preference_tuning.errors import DataError
 from preference_tuning.models import chat
 from preference_tuning.progress import bar
 
-PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
 
 @dataclass
 class TokenRows:
