@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from preference_tuning.models import chat, scoring
+from preference_tuning.models import attention, chat, fused, scoring, tree
 from preference_tuning.models.chat import PairTokens
 
 VOCABULARY = 128
@@ -19,12 +19,12 @@ PAIRS = [
 ]
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, vocabulary: int = VOCABULARY) -> Any:
     """A random model of a family, in fp32."""
     import transformers
 
     common = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -98,6 +98,80 @@ def test_the_heads_gradient_is_autograds(family: str) -> None:
     assert torch.equal(correct, expected.argmax(-1) == rows.targets)
 
 
+def test_what_sequences_begin_with_is_computed_once() -> None:
+    """Prompt once a pair, the system turn once a batch, common first words of answers once; nothing is padding."""
+    system, long = [50, 51, 52], [60] * 20
+    pairs = [
+        PairTokens(prompt_ids=[*system, 5], chosen_ids=[7, 8], rejected_ids=[7, 9, 9]),
+        PairTokens(prompt_ids=[*system, 6, *long], chosen_ids=[7], rejected_ids=[8]),
+        PairTokens(prompt_ids=[*system, 5], chosen_ids=[7, 8], rejected_ids=[10]),  # its chosen sequence is known
+    ]
+    rows = scoring.pair_rows(pairs, True, pad_id=0)
+    assert rows.input_ids.shape == (1, 3 + 1 + 2 + 2 + (1 + 20) + 2 + 1)
+    assert rows.tokens == sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"] + p["rejected_ids"]) for p in pairs)
+    assert rows.tree is not None
+    whole, ends = rows.tree.blocks
+    assert whole.mask is None
+    assert (whole.queries.shape[1], ends.queries.shape[1]) == (25, 2), "ends ask for themselves alone"
+    model = tiny("Llama")
+    plain = scoring.pair_rows(pairs, False, pad_id=0)
+    ours, theirs = (scoring.answer_logps(scoring.token_scores(model, r, torch.float32).logps, r) for r in (rows, plain))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [60, 200], ids=["short", "long"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_spelled_out_is_torchs(length: int, masked: bool) -> None:
+    """Values and gradients, with three heads to a key head, on both sides of the length where the kernel changes."""
+    torch.manual_seed(3)
+    queries = length // 3 if masked else length
+    at = torch.arange(length - queries, length)[:, None]
+    mask = (torch.arange(length) <= at).expand(2, 1, queries, length) if masked else None
+    tensors = [
+        torch.randn(2, heads, n, 16, requires_grad=True) for heads, n in ((6, queries), (2, length), (2, length))
+    ]
+    twins = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    nodes = torch.arange(2 * length).view(2, length)
+    block = tree.Block(nodes[:, -queries:], nodes, mask)
+    flat = [t.transpose(0, 1).flatten(1, 2)[None] for t in tensors]  # sequence after sequence
+    if masked:
+        block = tree.Block(torch.arange(2 * queries).view(2, queries), nodes, mask)
+    out, _ = attention.attend(None, *flat, None, tree.Tree([block], torch.arange(2 * queries)))  # type: ignore[arg-type]
+    q, k, v = twins[0], *(t.repeat_interleave(3, 1) for t in twins[1:])
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not masked)
+    weights = torch.randn(expected.shape)
+    (out.view(2, queries, 6, 16).transpose(1, 2) * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.allclose(out.view(2, queries, 6, 16).transpose(1, 2), expected, atol=1e-5)
+    for ours, theirs in zip(tensors, twins):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
+
+
+def test_fused_lora_layers_stand_aside_where_the_formula_is_another(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    inputs = torch.randint(3, VOCABULARY, (2, 9))
+    for settings in ({}, {"lora_dropout": 0.5}, {"use_dora": True}):
+        config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings)
+        model = get_peft_model(tiny("Llama"), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        found = []
+        for fuse in (False, True):
+            assert not fuse or fused.fuse(model) == 4
+            torch.manual_seed(5)
+            model.train()
+            model.zero_grad()
+            trained = model(inputs).logits
+            trained.square().mean().backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            with model.disable_adapter():
+                found.append((trained, gradient, model(inputs).logits))
+        for plain, ours in zip(*found):
+            assert torch.allclose(plain, ours, atol=1e-5), settings
+
+
 def test_answers_do_not_see_each_other() -> None:
     model = tiny("Llama")
     changed = copy.deepcopy(PAIRS)
@@ -124,6 +198,8 @@ def trainer(tmp_path: Path, model: Any, shared: bool, loss_type: list[str], **se
 
     from preference_tuning.training.trainers import PreferenceTrainer
 
+    if shared:
+        assert fused.fuse(model) == 4
     rows = datasets.Dataset.from_list(
         [
             {**pair, "length": 1, "ref_chosen_logps": -10.0 - i, "ref_rejected_logps": -12.0 + i}
@@ -205,7 +281,7 @@ def test_models_whose_attention_cannot_take_the_mask_are_recognised() -> None:
     assert "layers of the kind linear_attention" in str(scoring.refuses_shared_prompt(strange, 10))
     flash = tiny("Llama")
     flash.config._attn_implementation = "flash_attention_2"
-    assert "takes no mask" in str(scoring.refuses_shared_prompt(flash, 10))
+    assert "knows no token trees" in str(scoring.refuses_shared_prompt(flash, 10))
 
 
 def test_tokens_are_those_of_trl(tiny_model: Path) -> None:
@@ -293,7 +369,9 @@ def test_sft_equals_stock_trl(tmp_path: Path, family: str) -> None:
         max_length=None, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     common = {"model": model, "args": arguments, "processing_class": word_level()}
-    ours = AnswerSFTTrainer(train_dataset=rows, eval_dataset=rows, dtype=torch.float32, pad_id=0, **common)
+    ours = AnswerSFTTrainer(
+        train_dataset=rows, eval_dataset=rows, dtype=torch.float32, pad_id=0, shared_prompt=True, **common
+    )
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
     stock = SFTTrainer(train_dataset=datasets.Dataset.from_list(plain), data_collator=collator, **common)
     found = {}

@@ -12,7 +12,7 @@ from torch import nn
 from preference_tuning import hub
 from preference_tuning.config import BaseModelConfig, LoraConfig
 from preference_tuning.errors import ConfigError
-from preference_tuning.models import chat, gguf
+from preference_tuning.models import chat, fused, gguf
 from preference_tuning.models.source import ModelSource
 from preference_tuning.models.tokenizer import load_tokenizer
 
@@ -178,7 +178,7 @@ def new_adapter(base: Base, lora: LoraConfig, seed: int) -> Any:
         target_modules=list(lora.target_modules),
         task_type="CAUSAL_LM",
     )
-    return _nameless(get_peft_model(model, settings))
+    return _ready(get_peft_model(model, settings))
 
 
 def _new_adapter_with_unsloth(base: Base, lora: LoraConfig, seed: int) -> Any:
@@ -199,7 +199,7 @@ def load_adapter(base: Base, folder: Path, trainable: bool = False, name: str = 
     """Return the base model with the adapter saved in ``folder``."""
     from peft import PeftModel
 
-    return _nameless(PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, is_trainable=trainable))
+    return _ready(PeftModel.from_pretrained(base.model, str(folder), adapter_name=name, is_trainable=trainable))
 
 
 def load_adapters(base: Base, folders: dict[str, Path]) -> Any:
@@ -212,8 +212,9 @@ def load_adapters(base: Base, folders: dict[str, Path]) -> Any:
     return model
 
 
-def _nameless(model: Any) -> Any:
-    """Forget the base model's name while training: at each save peft would look it up on the hub."""
+def _ready(model: Any) -> Any:
+    """Fuse the adapter's layers, and forget the base model's name: at each save peft would look it up on the hub."""
+    fused.fuse(model)
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = None
     return model

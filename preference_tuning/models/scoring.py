@@ -1,9 +1,8 @@
-"""Log-probabilities of answers: the forward pass that DPO, its reference and the evaluation share.
+"""Log-probabilities of answers: the forward pass that SFT, DPO, its reference and the evaluation share.
 
-One row holds a prompt and its answers. The mask keeps the answers apart, every answer's positions continue the
-prompt's, and the head sees answer tokens only; so a pair costs one prompt instead of two and a fraction of the
-vocabulary projection (Wang & Hegde 2024, arXiv 2410.20305). The same code with one answer a row is the plain layout
-that any decoder accepts.
+A batch is a token tree: what its sequences begin with (a pair's prompt, a common system turn) goes through the model
+once (``models.tree``), and the head sees answer tokens only, a fraction of the vocabulary projection. The same code
+with one sequence a row is the plain layout that any decoder accepts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preference_tuning.models import attention, tree
 from preference_tuning.models.chat import PairTokens
-
-PAD, PROMPT, FIRST_ANSWER = 0, 1, 2
-"""Segments of a row; the second answer is ``FIRST_ANSWER + 1``."""
 
 HEAD_TILE = 128
 """Answer tokens whose logits exist at once."""
@@ -24,87 +21,90 @@ HEAD_TILE = 128
 
 @dataclass
 class Rows:
-    """A batch of prompts with their answers, ``B`` rows of width ``L`` that hold ``N`` answer tokens.
+    """A batch of prompts with their answers, as a token tree or as padded sequences, that hold ``N`` answer tokens.
 
     Attributes:
-        input_ids: [B, L] token ids.
-        position_ids: [B, L] positions; every answer continues its prompt.
-        segments: [B, L] PAD, PROMPT or the number of the answer.
+        input_ids: [1, T] the tree's nodes, or [S, L] a sequence a row.
+        position_ids: of the same shape.
+        padding: [S, L] 1 at tokens, 0 at padding; None for a tree, which has none.
+        tree: who attends to whom; None where every sequence has a row of its own.
         before: [N] flat index of the position that predicts each answer token.
         targets: [N] the answer tokens.
-        answer: [N] which answer of the batch a token belongs to, counted over the rows.
+        answer: [N] which answer of the batch a token belongs to.
         answers: how many answers the batch has.
+        tokens: of all sequences together, each counted whole.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    segments: Tensor
+    padding: Tensor | None
+    tree: tree.Tree | None
     before: Tensor
     targets: Tensor
     answer: Tensor
     answers: int
+    tokens: int
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device, **_: Any) -> "Rows":
         """Return the rows on ``device``."""
-        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        moved = {name: v.to(device) if isinstance(v, Tensor | tree.Tree) else v for name, v in vars(self).items()}
         return Rows(**moved)
 
 
 def pair_rows(pairs: Sequence[PairTokens], shared: bool, pad_id: int) -> Rows:
-    """Lay out pairs as rows. Answers are numbered chosen first, then rejected: pair i has answers i and B + i.
+    """Lay out B pairs. Answers are numbered chosen first, then rejected: pair i has answers i and B + i."""
+    # In the order of the pairs, so that a rejected answer finds the prompt that its chosen one has just brought.
+    prompts = [pair["prompt_ids"] for pair in pairs for _ in range(2)]
+    answers = [pair[side] for pair in pairs for side in ("chosen_ids", "rejected_ids")]  # type: ignore[literal-required]
+    numbers = [i + side * len(pairs) for i in range(len(pairs)) for side in range(2)]
+    return layout(prompts, answers, shared, pad_id, numbers)
+
+
+def layout(
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    shared: bool,
+    pad_id: int,
+    numbers: Sequence[int] | None = None,
+) -> Rows:
+    """Lay out answers, each with its prompt.
 
     Args:
-        pairs: token ids of B pairs.
-        shared: one row a pair with both answers; else one row an answer.
-        pad_id: fills rows up to the longest.
+        prompts: token ids, at least one each.
+        answers: token ids.
+        shared: as a token tree; else as padded sequences, which any decoder takes.
+        pad_id: fills sequences up to the longest.
+        numbers: of the answers; 0, 1, 2 ... if None.
     """
-    size = len(pairs)
+    numbers = range(len(answers)) if numbers is None else numbers
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     if shared:
-        rows = [(p["prompt_ids"], [p["chosen_ids"], p["rejected_ids"]], [i, size + i]) for i, p in enumerate(pairs)]
+        tokens, positions, paths, planned = tree.grow(sequences)
+        ids, places, padding = torch.tensor([tokens]), torch.tensor([positions]), None
     else:
-        rows = [(p["prompt_ids"], [p["chosen_ids"]], [i]) for i, p in enumerate(pairs)]
-        rows += [(p["prompt_ids"], [p["rejected_ids"]], [size + i]) for i, p in enumerate(pairs)]
-    return layout(rows, pad_id)
-
-
-def layout(rows: Sequence[tuple[list[int], list[list[int]], list[int]]], pad_id: int) -> Rows:
-    """Lay out ``(prompt, answers, numbers of the answers)`` as padded rows."""
-    width = max(len(prompt) + sum(map(len, answers)) for prompt, answers, _ in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    positions = torch.zeros((len(rows), width), dtype=torch.long)
-    segments = torch.full((len(rows), width), PAD)
+        width = max(map(len, sequences))
+        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in sequences])
+        padding = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in sequences])
+        places, planned = torch.arange(width).expand_as(ids), None
+        paths = [range(i * width, i * width + len(row)) for i, row in enumerate(sequences)]
     before: list[int] = []
     targets: list[int] = []
     owner: list[int] = []
-    for i, (prompt, answers, numbers) in enumerate(rows):
-        start = len(prompt)
-        ids[i, :start] = torch.tensor(prompt)
-        positions[i, :start] = torch.arange(start)
-        segments[i, :start] = PROMPT
-        for segment, (answer, number) in enumerate(zip(answers, numbers, strict=True), FIRST_ANSWER):
-            stop = start + len(answer)
-            ids[i, start:stop] = torch.tensor(answer)
-            positions[i, start:stop] = torch.arange(len(prompt), len(prompt) + len(answer))
-            segments[i, start:stop] = segment
-            # The prompt's last position predicts the first token of every answer.
-            before += [i * width + at for at in (len(prompt) - 1, *range(start, stop - 1))][: len(answer)]
-            targets += answer
-            owner += [number] * len(answer)
-            start = stop
-    total = sum(len(numbers) for _, _, numbers in rows)
-    return Rows(ids, positions, segments, torch.tensor(before), torch.tensor(targets), torch.tensor(owner), total)
-
-
-def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask [B, 1, L, L]: causal, and no answer sees another answer of its row."""
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    allowed = causal & (key != PAD) & ((key == PROMPT) | (key == query))
-    # A padding position attends to itself: a row without any allowed key would become NaN.
-    allowed |= torch.eye(length, dtype=torch.bool, device=segments.device)
-    blocked = torch.finfo(dtype).min
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(~allowed, blocked)[:, None]
+    for prompt, answer, number, path in zip(prompts, answers, numbers, paths, strict=True):
+        before += path[len(prompt) - 1 : -1] if answer else []
+        targets += answer
+        owner += [number] * len(answer)
+    return Rows(
+        input_ids=ids,
+        position_ids=places,
+        padding=padding,
+        tree=planned,
+        before=torch.tensor(before),
+        targets=torch.tensor(targets),
+        answer=torch.tensor(owner),
+        answers=len(answers),
+        tokens=sum(map(len, sequences)),
+    )
 
 
 @dataclass
@@ -131,12 +131,15 @@ def token_scores(model: nn.Module, rows: Rows, dtype: torch.dtype) -> TokenScore
         dtype: precision of the matrix products; below fp32 they run under autocast.
     """
     causal_lm = unwrap(model)
-    device = rows.input_ids.device.type
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        one_answer_a_row = int(rows.segments.max()) <= FIRST_ANSWER
-        mask = (rows.segments != PAD).long() if one_answer_a_row else attention_mask(rows.segments, dtype)
+    device = rows.input_ids.device
+    how: dict[str, Any] = {"attention_mask": rows.padding}
+    if rows.tree is not None:
+        attention.install(causal_lm.config.get_text_config())
+        # A mask of four dimensions keeps transformers from making one: the tree says who attends to whom.
+        how = {"attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device), "tree": rows.tree}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = causal_lm.base_model(
-            input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **how
         ).last_hidden_state
     head = causal_lm.get_output_embeddings()
     text_config = causal_lm.config.get_text_config()
@@ -185,10 +188,10 @@ def unwrap(model: nn.Module) -> Any:
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """log p of the targets under a frozen head, in tiles, with the gradient formed in the same pass.
+    """log p of the targets, in tiles of tokens, so that few logits exist at once.
 
-    For logits z = W h, d log p[t] / dh = W[t] - softmax(z) W. Forming it forward makes backward one multiplication
-    and never keeps logits.
+    For logits z = W h, d log p[t] / dh = W[t] - softmax(z) W. Under a frozen head it is formed in the forward pass:
+    backward is then one multiplication. A head that is trained needs the logits again, once the gradient is known.
     """
 
     @staticmethod
@@ -204,31 +207,66 @@ class _HeadLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
         entropies, correct = torch.empty_like(logps), torch.empty_like(targets, dtype=torch.bool)
-        gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-        wants_gradient = ctx.needs_input_grad[0]
-        matrix = weight.to(dtype)
+        ctx.trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        early = ctx.needs_input_grad[0] and not ctx.trained
+        gradient = torch.empty(hidden.shape if early else 0, dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), HEAD_TILE):
-                tile = slice(start, start + HEAD_TILE)
+            matrix = weight.to(dtype)
+            for tile in _tiles(targets):
                 target = targets[tile, None]
-                logits = _finish_logits(hidden[tile].to(dtype) @ matrix.T, bias, softcap, scale)
-                correct[tile] = (logits.gather(-1, target) >= logits.amax(-1, keepdim=True))[:, 0]
-                all_logps = logits.float().log_softmax(-1)  # in this order: `dtype=` is 5 times slower on a CPU
-                logps[tile] = all_logps.gather(-1, target)[:, 0]
-                probabilities = all_logps.exp()
-                entropies[tile] = -torch.linalg.vecdot(probabilities, all_logps)
-                if wants_gradient:
-                    gradient[tile] = _gradient(matrix, probabilities, target, logits, softcap, scale)
-        if wants_gradient:
+                logits = _finish_logits(hidden[tile].to(dtype) @ matrix.T, bias, softcap, scale).float()
+                largest = logits.amax(-1, keepdim=True)
+                taken = logits.gather(-1, target)
+                odds = (logits - largest).exp_()
+                total = odds.sum(-1, keepdim=True)
+                normaliser = largest + total.log()
+                correct[tile] = (taken >= largest)[:, 0]
+                logps[tile] = (taken - normaliser)[:, 0]
+                entropies[tile] = normaliser[:, 0] - torch.linalg.vecdot(odds, logits) / total[:, 0]
+                if early:
+                    gradient[tile] = _gradient(matrix, odds.div_(total), target, logits, softcap, scale)
+        if early:
             ctx.save_for_backward(gradient)
-            ctx.dtype = hidden.dtype
+        elif ctx.trained:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.dtypes, ctx.softcap, ctx.scale = (hidden.dtype, dtype), softcap, scale
         ctx.mark_non_differentiable(entropies, correct)
         return logps, entropies, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.trained:
+            return (*_trained_head(ctx, grads[0]), None, None, None, None)
         (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0][:, None]).to(ctx.dtype), None, None, None, None, None, None
+        return (gradient * grads[0][:, None]).to(ctx.dtypes[0]), None, None, None, None, None, None
+
+
+def _tiles(targets: Tensor) -> Iterator[slice]:
+    return (slice(start, start + HEAD_TILE) for start in range(0, len(targets), HEAD_TILE))
+
+
+def _trained_head(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of the hidden states, the head's weight and its bias."""
+    hidden, weight, bias, targets = ctx.saved_tensors
+    of_hidden, dtype = ctx.dtypes
+    matrix = weight.to(dtype)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for tile in _tiles(targets):
+            target, rows = targets[tile, None], hidden[tile].to(dtype)
+            logits = _finish_logits(rows @ matrix.T, bias, ctx.softcap, ctx.scale).float()
+            slope = logits.softmax(-1).neg_().scatter_add_(-1, target, torch.ones_like(target, dtype=torch.float32))
+            slope *= grad[tile, None]
+            if ctx.softcap is not None:
+                slope *= 1 - (logits / ctx.softcap) ** 2
+            slope *= 1.0 if ctx.scale is None else ctx.scale
+            grad_hidden[tile] = (slope.to(dtype) @ matrix).to(of_hidden)
+            grad_weight += (slope.to(dtype).T @ rows).float()
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+    return grad_hidden, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype)
 
 
 def _finish_logits(logits: Tensor, bias: Tensor | None, softcap: float | None, scale: float | None) -> Tensor:
@@ -275,7 +313,9 @@ def refuses_shared_prompt(model: nn.Module, longest: int) -> str | None:
     slides = "sliding_attention" in kinds or (window is not None and not kinds)
     if slides and window is not None and getattr(config, "use_sliding_window", True) and window < longest:
         return f"its sliding window of {window} tokens is shorter than the longest row ({longest})"
+    if not getattr(type(unwrap(model)), "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
     implementation = str(getattr(config, "_attn_implementation", "eager"))
-    if implementation not in ("eager", "sdpa"):
-        return f"its attention implementation {implementation} takes no mask of its own"
+    if implementation not in ("eager", "sdpa", *attention.NAMES.values()):
+        return f"its attention implementation {implementation} knows no token trees"
     return None

@@ -39,7 +39,7 @@ class _Training:
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
         self.base = loading.load_base(job.base_model, job.source, job.output_dir)
-        self.engine, self.engine_reason = "answer_only", "SFT applies the head to answer tokens only"
+        self.engine, self.engine_reason = "", ""
         self.reference: ReferenceProof | None = None
 
     def run(self) -> TrainingRecord:
@@ -121,10 +121,13 @@ class _Training:
         if self.job.sft:
             self.job.sft.check_warmup("sft", len(train))
             settings = arguments.sft(self.job.sft, self.base, checkpoints)
-            return trainers.AnswerSFTTrainer(args=settings, train_dataset=train, eval_dataset=held_out, **how)
+            shared = self._choose_engine(model, train, "auto", otherwise="plain")
+            return trainers.AnswerSFTTrainer(
+                args=settings, train_dataset=train, eval_dataset=held_out, shared_prompt=shared, **how
+            )
         assert self.job.dpo is not None
         self.job.dpo.check_warmup("dpo", len(train))
-        shared = self._choose_engine(model, train)
+        shared = self._choose_engine(model, train, self.job.dpo.engine, otherwise="trl")
         settings = arguments.dpo(self.job.dpo, self.base, checkpoints)
         train, held_out = self._with_reference(model, train, held_out, shared)
         trainer = trainers.PreferenceTrainer(
@@ -133,20 +136,20 @@ class _Training:
         self._prove_reference(trainer, shared)
         return trainer
 
-    def _choose_engine(self, model: Any, train: Any) -> bool:
+    def _choose_engine(self, model: Any, train: Any, wanted: str, otherwise: str) -> bool:
+        """Return whether the prompts of a batch are shared, and keep the reason."""
         from preference_tuning.models import scoring
 
-        wanted = self.job.dpo.engine if self.job.dpo else "auto"
         refusal = scoring.refuses_shared_prompt(model, max(train["length"]))
         if wanted == "shared_prompt" and refusal:
             raise ConfigError(f"dpo.engine: shared_prompt cannot run this model: {refusal}; use auto or trl")
         shared = wanted != "trl" and refusal is None
-        self.engine = "shared_prompt" if shared else "trl"
+        self.engine = "shared_prompt" if shared else otherwise
         self.engine_reason = refusal or (
             "chosen in the config" if wanted != "auto" else "the model's attention takes it"
         )
         if refusal:
-            print(f"  DPO: runs on stock TRL, because {refusal}", file=sys.stderr)
+            print(f"  {self.job.stage.upper()}: the prompt is not shared, because {refusal}", file=sys.stderr)
         return shared
 
     def _with_reference(self, model: Any, train: Any, held_out: Any, shared: bool) -> tuple[Any, Any]:

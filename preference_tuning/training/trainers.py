@@ -90,10 +90,10 @@ class _ByLength:
 class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
     """SFT on the chosen answers: the mean negative log-probability of their tokens; prompts are not trained on."""
 
-    def __init__(self, *args: Any, dtype: torch.dtype, pad_id: int, **kwargs: Any) -> None:
-        """Take TRL's arguments, the precision of the matrix products and the padding token."""
-        self._dtype = dtype
-        super().__init__(*args, data_collator=_SFTCollator(pad_id), **kwargs)
+    def __init__(self, *args: Any, dtype: torch.dtype, pad_id: int, shared_prompt: bool, **kwargs: Any) -> None:
+        """Take TRL's arguments, the precision of the matrix products, the padding token and the engine."""
+        super().__init__(*args, data_collator=_SFTCollator(pad_id, shared_prompt), **kwargs)
+        _score_in_forward(self.model, dtype)
         self.model_accepts_loss_kwargs = True
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -107,12 +107,12 @@ class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        rows = scoring.Rows(**inputs["rows"])
-        scores = scoring.token_scores(self.accelerator.unwrap_model(model), rows, self._dtype)
+        rows = inputs["rows"].to(self.accelerator.device)
+        scores = model(rows=rows)
         tokens = len(rows.targets)
         loss = -scores.logps.sum() / (tokens if num_items_in_batch is None else num_items_in_batch)
         if mode == "train":
-            self._total_train_tokens += int((rows.segments != scoring.PAD).sum())
+            self._total_train_tokens += rows.tokens
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         self._metrics[mode]["entropy"].append(scores.entropies.mean().item())
@@ -121,14 +121,28 @@ class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
         return loss
 
 
+def _score_in_forward(model: Any, dtype: torch.dtype) -> None:
+    """Let ``model(rows=...)`` return the scores of answer tokens.
+
+    The forward of a wrapper (several processes, compilation) must be what runs, or it could not do its part.
+    """
+    plain = model.forward
+
+    def forward(*args: Any, rows: scoring.Rows | None = None, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if rows is None else scoring.token_scores(model, rows, dtype)
+
+    model.forward = forward
+
+
 class _SFTCollator:
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
+    def __init__(self, pad_id: int, shared: bool) -> None:
+        self._pad_id, self._shared = pad_id, shared
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        laid = scoring.layout([(e["prompt_ids"], [e["chosen_ids"]], [i]) for i, e in enumerate(examples)], self._pad_id)
+        prompts, answers = ([e[name] for e in examples] for name in ("prompt_ids", "chosen_ids"))
+        laid = scoring.layout(prompts, answers, self._shared, self._pad_id)
         # The loop counts trained tokens in `shift_labels`, to weigh accumulated batches by their tokens.
-        return {"rows": vars(laid), "labels": laid.targets, "shift_labels": laid.targets}
+        return {"rows": laid, "labels": laid.targets, "shift_labels": laid.targets}
 
 
 class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
@@ -144,7 +158,6 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Take TRL's arguments, the precision of the matrix products, the padding token and the engine."""
-        self._dtype = dtype
         collator = _PairCollator(pad_id) if shared_prompt else DataCollatorForPreference(pad_token_id=pad_id)
         super().__init__(*args, data_collator=collator, eval_dataset=eval_dataset, **kwargs)
         # TRL copies the adapter into a second one to be the reference. Ours are numbers in the rows; and with a second
@@ -153,6 +166,8 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
             self.model.delete_adapter("ref")
         self.precompute_ref_logps = True
         self.use_liger_kernel = shared_prompt
+        if shared_prompt:
+            _score_in_forward(self.model, dtype)
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
         return dataset
@@ -165,10 +180,10 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         self, model: Any, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         """Return per-token values [2B, L - 1] in TRL's layout, from one shared row a pair."""
-        rows = scoring.Rows(**model_kwargs["rows"])
-        scores = scoring.token_scores(self.accelerator.unwrap_model(model), rows, self._dtype)
+        rows = model_kwargs["rows"].to(self.accelerator.device)
+        scores = model(rows=rows)
         mask = completion_mask[:, 1:].bool()
-        # TRL lists all chosen answers, then all rejected ones; a shared row holds its two side by side.
+        # TRL lists all chosen answers, then all rejected ones; here the two of a pair are neighbours.
         order = torch.argsort(rows.answer, stable=True)
         empty = scores.logps.new_zeros(mask.shape)
         logps = empty.masked_scatter(mask, scores.logps[order])
@@ -195,5 +210,5 @@ class _PairCollator(DataCollatorForPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super().torch_call(examples)
         pairs = [PairTokens(**{key: example[key] for key in PairTokens.__annotations__}) for example in examples]  # type: ignore[typeddict-item]
-        batch["rows"] = vars(scoring.pair_rows(pairs, shared=True, pad_id=self.pad_token_id))
+        batch["rows"] = scoring.pair_rows(pairs, shared=True, pad_id=self.pad_token_id)
         return batch
