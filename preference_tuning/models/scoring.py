@@ -115,11 +115,13 @@ class TokenScores:
         logps: [N] log-probability, fp32 nats; carries the gradient.
         entropies: [N] entropy of the prediction, nats.
         correct: [N] whether the token is the most likely one.
+        mean_logits: [N] mean of the logits over the vocabulary, fp32; TRL logs it.
     """
 
     logps: Tensor
     entropies: Tensor
     correct: Tensor
+    mean_logits: Tensor
 
 
 def token_scores(model: nn.Module, rows: Rows, dtype: torch.dtype) -> TokenScores:
@@ -201,9 +203,10 @@ class _HeadLogProbs(torch.autograd.Function):
         dtype: torch.dtype,
         softcap: float | None,
         scale: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
         entropies, correct = torch.empty_like(logps), torch.empty_like(targets, dtype=torch.bool)
+        mean_logits = torch.empty_like(logps)
         gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         matrix = weight.to(dtype)
@@ -213,7 +216,9 @@ class _HeadLogProbs(torch.autograd.Function):
                 target = targets[tile, None]
                 logits = _finish_logits(hidden[tile].to(dtype) @ matrix.T, bias, softcap, scale)
                 correct[tile] = (logits.gather(-1, target) >= logits.amax(-1, keepdim=True))[:, 0]
-                all_logps = logits.float().log_softmax(-1)  # in this order: `dtype=` is 5 times slower on a CPU
+                wide = logits.float()  # before log_softmax: its `dtype=` is 5 times slower on a CPU
+                mean_logits[tile] = wide.mean(-1)
+                all_logps = wide.log_softmax(-1)
                 logps[tile] = all_logps.gather(-1, target)[:, 0]
                 probabilities = all_logps.exp()
                 entropies[tile] = -torch.linalg.vecdot(probabilities, all_logps)
@@ -222,8 +227,8 @@ class _HeadLogProbs(torch.autograd.Function):
         if wants_gradient:
             ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype
-        ctx.mark_non_differentiable(entropies, correct)
-        return logps, entropies, correct
+        ctx.mark_non_differentiable(entropies, correct, mean_logits)
+        return logps, entropies, correct, mean_logits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

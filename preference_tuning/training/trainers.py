@@ -176,6 +176,8 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         chosen = rows.answer < len(input_ids) // 2
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append(scores.correct[chosen].float().mean().item())
+        self._metrics[mode]["logits/chosen"].append(scores.mean_logits[chosen].mean().item())
+        self._metrics[mode]["logits/rejected"].append(scores.mean_logits[~chosen].mean().item())
         return logps, entropies, None
 
     def compute_loss(
