@@ -168,14 +168,16 @@ def loss_of(model: Any, tokenizer: Any, tmp_path: Path) -> Loss:
     from preference_tuning.training import arguments, trainers
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = datasets.Dataset.from_list(
-        [
-            {**dict(zip(names, pair, strict=True)), "length": 1, "ref_chosen_logps": w, "ref_rejected_logps": v}
-            for pair, (w, v) in zip(PAIRS, REFERENCE, strict=True)
-        ]
-    )
 
-    def loss(dpo: str, pairs: int = len(PAIRS), **overrule: Any) -> float:
+    def loss(
+        dpo: str, pairs: int = len(PAIRS), reference: list[tuple[float, float]] = REFERENCE, **overrule: Any
+    ) -> float:
+        rows = datasets.Dataset.from_list(
+            [
+                {**dict(zip(names, pair, strict=True)), "length": 1, "ref_chosen_logps": w, "ref_rejected_logps": v}
+                for pair, (w, v) in zip(PAIRS, reference, strict=True)
+            ]
+        )
         path = tmp_path / "run.yaml"
         path.write_text(f"parameters:\n  base_model: {{source: org/m}}\n  data: {{source: r}}\n  dpo: {dpo}\n")
         run = config.load(path).config
@@ -239,8 +241,38 @@ def test_what_beta_and_label_smoothing_act_on(loss_of: Loss) -> None:
     assert acts["beta"] == set(get_args(DPOLoss)) - {"sft"}
 
 
+LN_2 = math.log(2)
+AT_START: dict[str, Callable[[float, float], float]] = {
+    **dict.fromkeys(("sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired"), lambda b, e: LN_2),
+    **dict.fromkeys(("nca_pair", "bco_pair"), lambda b, e: 2 * LN_2),
+    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), lambda b, e: 1),
+    "ipo": lambda b, e: 1 / (4 * b**2),
+    "sppo_hard": lambda b, e: 1 / (2 * b**2),
+    "exo_pair": lambda b, e: -math.log(4 * e * (1 - e)) / 2,
+    "discopop": lambda b, e: (LN_2 + 1) / 2,
+}
+
+
+def test_the_loss_of_a_policy_that_is_its_reference(loss_of: Loss, batch: Batch) -> None:
+    """What the first step of a run shows; docs/training.md has these values."""
+    same = list(zip(batch.chosen, batch.rejected, strict=True))
+    for loss_type, expected in AT_START.items():
+        epsilon = smoothing(loss_type)
+        found = loss_of(f"{{beta: 0.3, loss_type: {loss_type}, label_smoothing: {epsilon}}}", reference=same)
+        assert found == pytest.approx(expected(0.3, epsilon), rel=1e-4), loss_type
+    assert set(AT_START) == set(get_args(DPOLoss)) - {"sft"}
+
+
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired"])
 def test_optimal_transport_needs_a_batch(loss_of: Loss, batch: Batch, loss_type: str) -> None:
     """With one pair a batch nothing is sorted: what is left is DPO with smoothed labels."""
     found = loss_of(f"{{beta: 0.1, loss_type: {loss_type}, label_smoothing: 0.2}}", pairs=1)
     assert found == pytest.approx(smoothed(batch.margins[0], 0.1, 0.2), rel=1e-4)
+
+
+def test_the_documentation_lists_every_loss() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text.partition("| `loss_type` | loss of a pair |")[2].partition("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| `")]
+    assert {cells[0].strip(" `") for cells in rows} == set(get_args(DPOLoss))
+    assert {cells[0].strip(" `") for cells in rows if cells[4].strip().startswith("yes")} == SMOOTHED_LOSSES
