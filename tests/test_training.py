@@ -156,6 +156,7 @@ def test_a_wrong_reference_stops_the_run(loss: float, difference: float, loss_ty
     else:
         expected = reference.check(loss, difference, 0.1, loss_type, 1e-3)
         assert expected == (math.log(2) if loss_type == ["sigmoid"] else None)
+        assert loss_type == ["ipo"] or reference.check(loss / 2, 0.0, 0.1, loss_type, 1e-3, [0.5]) == math.log(2) / 2
 
 
 def test_dpo_from_an_adapter_that_changed_is_refused(
@@ -242,6 +243,9 @@ def test_shares_of_a_run() -> None:
     assert sorted(steps_of_share(0.2, 37)) == [7, 15, 22, 30, 37]
     assert sorted(steps_of_share(0.5, 3)) == [2, 3]
     assert sorted(steps_of_share(0.2, 1)) == [1]
+    assert sorted(steps_of_share(0.3, 10)) == [3, 6, 9, 10]
+    assert sorted(steps_of_share(0.7, 10)) == [7, 10]
+    assert sorted(steps_of_share(0.333, 3000)) == [999, 1998, 3000], "a third of the run, three times"
 
 
 def test_checkpoints_are_only_trusted_as_sealed(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class StageConfig(Section):
     weight_decay: float = Field(0.01, ge=0, le=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: float = Field(10, ge=0)
-    """Optimizer steps; below 1, a share of the run."""
+    """Optimizer steps; below 1, a share of the run. The schedule ``constant`` has no warm-up."""
     max_grad_norm: float = Field(1.0, gt=0)
     logging_steps: int = Field(1, ge=1)
     eval_steps: Share = 0.2
@@ -100,6 +100,8 @@ class StageConfig(Section):
 
     def warmup_of(self, rows: int) -> int:
         """Return how many of these steps are warm-up."""
+        if self.lr_scheduler_type == "constant":
+            return 0
         steps = self.total_steps(rows)
         return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * steps)
 
@@ -110,7 +112,7 @@ class StageConfig(Section):
             ConfigError: warm-up takes all steps.
         """
         steps = self.total_steps(rows)
-        if self.warmup_steps >= 1 and self.warmup_steps >= steps:
+        if self.warmup_steps >= 1 and self.warmup_of(rows) >= steps:
             raise ConfigError(
                 f"{name}.warmup_steps: {self.warmup_steps:.0f} of {steps} steps ({rows} rows) would be warm-up: the "
                 "learning rate would never be reached. Give a share, such as 0.1"
@@ -202,6 +204,8 @@ class RunConfig(Section):
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""
         yield from _model_contradictions(self.base_model)
         yield from self.data.contradictions(self.dpo.length(self.base_model))
+        yield from _stage_contradictions("sft", self.sft)
+        yield from _stage_contradictions("dpo", self.dpo)
         yield from _dpo_contradictions(self.dpo)
         if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
             yield (
@@ -221,6 +225,12 @@ def _model_contradictions(model: BaseModelConfig) -> Iterator[tuple[tuple[str, .
         yield ("base_model", "load_in_4bit"), "4-bit training needs CUDA, and device is cpu"
     if model.device == "cpu" and model.dtype == "float16":
         yield ("base_model", "dtype"), "float16 does not train on a CPU; use auto, bfloat16 or float32"
+
+
+def _stage_contradictions(name: str, stage: StageConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    asked_for = "warmup_steps" in stage.model_fields_set and stage.warmup_steps
+    if asked_for and stage.lr_scheduler_type == "constant":
+        yield (name, "warmup_steps"), "has no effect with lr_scheduler_type constant; use constant_with_warmup"
 
 
 def _dpo_contradictions(dpo: DPOConfig) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -62,7 +62,9 @@ def attend(
 
     def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if q.device.type == "cpu" and k.shape[2] <= SHORT and softcap is None and not dropout:
-            return _short_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2)
+            factor = q.shape[-1] ** -0.5 if scaling is None else scaling
+            short: Tensor = _short_attention(q, k, v, mask, factor)
+            return short.transpose(1, 2)
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -116,10 +118,8 @@ class _ShortAttention(torch.autograd.Function):
         sequences, heads, length, width = q.shape
         ctx.shapes, ctx.dtypes, ctx.scaling = (q.shape, k.shape), (q.dtype, k.dtype, v.dtype), scaling
         groups = heads // k.shape[1]
-        if mask is None:
-            mask = torch.ones(length, k.shape[2], dtype=torch.bool).tril()
-        else:
-            mask = mask[:, :, None]  # [S, 1, 1, Q, K]
+        causal = torch.ones(length, k.shape[2], dtype=torch.bool).tril()
+        mask = causal if mask is None else mask[:, :, None]  # [S, 1, 1, Q, K]
         q = (q * scaling).to(dtype).reshape(-1, groups * length, width)
         k, v = (x.to(dtype).reshape(-1, *x.shape[2:]) for x in (k, v))
         with torch.autocast(device, enabled=False):

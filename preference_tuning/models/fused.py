@@ -1,7 +1,7 @@
 """LoRA layers as one operation each, with gradients written by hand.
 
 peft computes ``x W' + scaling (x A') B'`` in five operations, each of which reads and writes whole activations, and
-autograd adds the two gradients of ``x``. Here the products accumulate in place. The values are peft's (within rounding).
+autograd adds the two gradients of ``x``. Here the products accumulate in place. The values are peft's, within rounding.
 """
 
 from typing import Any

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,13 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the precision for ``auto`` or a named one: bfloat16 where the hardware has instructions for it."""
+    """Return the precision for ``auto`` or a named one: bfloat16 where the hardware has instructions for it.
+
+    Raises:
+        ConfigError: float16 is asked for on a CPU.
+    """
+    if wanted == "float16" and device.type == "cpu":
+        raise ConfigError("base_model.dtype: float16 does not train on a CPU; use auto, bfloat16 or float32")
     if wanted != "auto":
         named: torch.dtype = getattr(torch, wanted)
         return named
@@ -114,6 +121,8 @@ def _load_with_transformers(
     if config.load_in_4bit:
         if device.type != "cuda":
             raise ConfigError("base_model.load_in_4bit: 4-bit training needs CUDA, and this machine has none")
+        if find_spec("bitsandbytes") is None:
+            raise ConfigError("base_model.load_in_4bit: needs bitsandbytes, which is missing: pip install '.[gpu]'")
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

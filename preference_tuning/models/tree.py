@@ -7,7 +7,7 @@ no padding at all; only attention, a small part of the work, looks at whole sequ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,12 +42,11 @@ class Tree:
 
     def to(self, device: torch.device) -> "Tree":
         """Return the tree on ``device``."""
-        return Tree([_moved(block, device) for block in self.blocks], self.taken.to(device))
-
-
-def _moved(block: Block, device: torch.device) -> Block:
-    values = [getattr(block, field.name) for field in fields(block)]
-    return Block(*(None if value is None else value.to(device) for value in values))
+        moved = [
+            Block(b.queries.to(device), b.keys.to(device), None if b.mask is None else b.mask.to(device))
+            for b in self.blocks
+        ]
+        return Tree(moved, self.taken.to(device))
 
 
 def grow(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[list[int]], Tree]:

@@ -182,7 +182,7 @@ class _Training:
         dpo = self.job.dpo
         tolerance = reference.TOLERANCE[self.base.dtype]
         loss, difference, pairs = reference.measure(trainer, **self._how(shared))
-        expected = reference.check(loss, difference, dpo.beta, dpo.loss_type, tolerance)
+        expected = reference.check(loss, difference, dpo.beta, dpo.loss_type, tolerance, dpo.loss_weights)
         self.reference = ReferenceProof(
             sft_adapter_hash=self.job.adapter_hash,
             data_fingerprint=self.job.data_fingerprint,

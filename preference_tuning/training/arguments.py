@@ -1,5 +1,6 @@
 """The config's sections as TRL's arguments: every field arrives, and nothing is left to a default that bites."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import trl
 
 from preference_tuning.config import DPOConfig, SFTConfig, StageConfig
+from preference_tuning.errors import ConfigError
 from preference_tuning.models.loading import Base
 
 
@@ -64,7 +66,14 @@ def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any
 
 
 def optimizer(wanted: str, on_cpu: bool) -> str:
-    """Return the optimizer for ``auto``: 8-bit where it saves scarce memory, fused where it is 14 times faster."""
-    if wanted == "auto":
-        return "adamw_torch_fused" if on_cpu else "adamw_8bit"
-    return wanted
+    """Return the optimizer for ``auto``: 8-bit where it saves scarce memory, fused where it is 14 times faster.
+
+    Raises:
+        ConfigError: 8-bit steps need bitsandbytes, and it is not installed.
+    """
+    chosen = ("adamw_torch_fused" if on_cpu else "adamw_8bit") if wanted == "auto" else wanted
+    if chosen.endswith("8bit") and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optim: {chosen} needs bitsandbytes, which is not installed: pip install '.[gpu]', or choose adamw_torch"
+        )
+    return chosen

@@ -1,5 +1,6 @@
 """What runs beside the training loop: when to evaluate and save, the metrics, the watch over its health, signals."""
 
+import itertools
 import math
 import signal
 import time
@@ -42,8 +43,9 @@ class Shares(TrainerCallback):  # type: ignore[misc]
 
 def steps_of_share(share: float, total: int) -> set[int]:
     """Return the steps at which each full ``share`` of ``total`` steps is done; always the last one."""
-    times = max(1, round(1 / share))
-    return {max(1, round(total * i / times)) for i in range(1, times + 1)}
+    # What is left after the last full share counts as the end if it is less than a tenth of a share.
+    parts = itertools.takewhile(lambda done: done < 1 - share / 10, (share * i for i in itertools.count(1)))
+    return {total, *(max(1, round(total * done)) for done in parts)}
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]

@@ -87,18 +87,26 @@ def measure(trainer: Any, **how: Any) -> tuple[float, float, int]:
     return sum(losses) / len(losses), largest, len(first)
 
 
-def check(loss: float, difference: float, beta: float, loss_types: Sequence[str], tolerance: float) -> float | None:
-    """Return the loss expected of an untrained policy, ln 2, or None for losses without that value.
+def check(
+    loss: float,
+    difference: float,
+    beta: float,
+    loss_types: Sequence[str],
+    tolerance: float,
+    weights: Sequence[float] | None = None,
+) -> float | None:
+    """Return the loss expected of an untrained policy, ln 2 times its weight, or None for losses without that value.
 
     Raises:
         DivergedError: the policy differs from its reference before the first update.
     """
-    expected = math.log(2) if tuple(loss_types) == ("sigmoid",) else None
-    off = expected is not None and not abs(loss - expected) <= beta * tolerance
+    (weight, *_) = weights or (1.0,)
+    expected = weight * math.log(2) if tuple(loss_types) == ("sigmoid",) else None
+    off = expected is not None and not abs(loss - expected) <= abs(weight) * beta * tolerance
     if off or not difference <= tolerance:
         raise DivergedError(
             f"the DPO reference is not the SFT policy: before the first update the loss is {loss:.6f}"
-            + (f" instead of ln 2 = {expected:.6f}" if expected is not None else "")
+            + (f" instead of {expected:.6f}" if expected is not None else "")
             + f" and log-probabilities differ by up to {difference:.4g} nats (allowed: {tolerance:.4g}). "
             "The adapter, the data or the chat template changed between SFT and DPO; start the run anew"
         )

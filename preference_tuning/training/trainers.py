@@ -110,7 +110,7 @@ class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
         rows = inputs["rows"].to(self.accelerator.device)
         scores = model(rows=rows)
         tokens = len(rows.targets)
-        loss = -scores.logps.sum() / (tokens if num_items_in_batch is None else num_items_in_batch)
+        loss: Tensor = -scores.logps.sum() / (tokens if num_items_in_batch is None else num_items_in_batch)
         if mode == "train":
             self._total_train_tokens += rows.tokens
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -191,6 +191,8 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         chosen = rows.answer < len(input_ids) // 2
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append(scores.correct[chosen].float().mean().item())
+        self._metrics[mode]["logits/chosen"].append(scores.mean_logits[chosen].mean().item())
+        self._metrics[mode]["logits/rejected"].append(scores.mean_logits[~chosen].mean().item())
         return logps, entropies, None
 
     def compute_loss(

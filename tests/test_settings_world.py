@@ -1,0 +1,325 @@
+"""Settings of the model, the adapter, the evaluation, the registry and Comet: each arrives where it acts."""
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import preference_rows, write_jsonl
+
+from preference_tuning import config, hub
+from preference_tuning.config import RunConfig
+from preference_tuning.data import job as data_job
+from preference_tuning.data import prepare
+from preference_tuning.errors import ConfigError
+from preference_tuning.evaluation import gate, statistics
+from preference_tuning.evaluation import job as evaluation_job
+from preference_tuning.evaluation.statistics import Figure
+from preference_tuning.models import chat, loading, scoring
+from preference_tuning.models.source import ModelSource, locate
+from preference_tuning.registry import result
+from preference_tuning.registry.folder import FolderRegistry
+from preference_tuning.tracking.comet import Comet, CometRun
+
+
+def configured(folder: Path, model: Path | str, **changes: Any) -> RunConfig:
+    """Return the config that a YAML file with ``changes`` to its sections gives."""
+    parameters: dict[str, Any] = {"base_model": {"source": str(model)}, "data": {"source": "rows.jsonl"}}
+    for section, values in changes.items():
+        parameters[section] = {**parameters.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"parameters": parameters}), encoding="utf-8")
+    return config.load(path).config
+
+
+def loaded(run: RunConfig, folder: Path) -> loading.Base:
+    return loading.load_base(run.base_model, locate(run.base_model), folder)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that says it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+# --- base model -----------------------------------------------------------------------------------------------------
+
+
+def test_the_revision_of_a_hub_model_is_what_is_loaded(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {None: "a" * 40, "v2": "b" * 40}
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, commit: str) -> Path:
+        asked.append((repo, commit))
+        return tiny_model
+
+    monkeypatch.setattr(hub, "resolve_commit", lambda repo, revision, kind: commits[revision])
+    monkeypatch.setattr(hub, "download_model", download)
+    monkeypatch.setattr(hub, "download_tokenizer", download)
+    for source, settings in (("org/one", {}), ("org/two", {"revision": "v2"})):
+        base = loaded(configured(tmp_path, source, base_model=settings), tmp_path)
+        assert set(asked) == {(source, commits[settings.get("revision")])}
+        asked.clear()
+        model = loading.new_adapter(base, config.LoraConfig(target_modules=("q_proj",)), 1)
+        loading.save_adapter(model, base.tokenizer, tmp_path / source, base.config)
+        saved = yaml.safe_load((tmp_path / source / "adapter_config.json").read_text())
+        assert (saved["base_model_name_or_path"], saved["revision"]) == (source, settings.get("revision"))
+    local = locate(configured(tmp_path, tiny_model).base_model)
+    assert (local.kind, local.location) == ("directory", str(tiny_model))
+
+
+def test_device(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a machine with a GPU")
+    with pytest.raises(ConfigError, match=r"base_model\.device: cuda is asked for, and torch sees no CUDA device"):
+        loaded(configured(tmp_path, tiny_model, base_model={"device": "cuda"}), tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    picked = {name: loading.pick_device(name).type for name in ("auto", "cpu", "cuda")}
+    assert picked == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda"}
+    base = loaded(configured(tmp_path, tiny_model, base_model={"device": "cpu", "dtype": "float32"}), tmp_path)
+    assert {p.device.type for p in base.model.parameters()} == {"cpu"}
+
+
+def test_dtype(tmp_path: Path, tiny_model: Path) -> None:
+    from preference_tuning.training import arguments
+
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        run = configured(tmp_path, tiny_model, base_model={"device": "cpu", "dtype": name})
+        base = loaded(run, tmp_path)
+        assert {p.dtype for p in base.model.parameters()} == {dtype}
+        assert arguments.sft(run.sft, base, tmp_path).bf16 == (name == "bfloat16")
+    with pytest.raises(ConfigError, match="float16 does not train on a CPU"):
+        loading.pick_dtype("float16", torch.device("cpu"))
+    assert loading.pick_dtype("float16", torch.device("cuda")) == torch.float16
+
+
+def test_unsloth_is_loaded_with_the_settings(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cuda: None
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    told: list[dict[str, Any]] = []
+
+    def from_pretrained(**how: Any) -> tuple[Any, None]:
+        told.append(how)
+        return AutoModelForCausalLM.from_pretrained(how["model_name"]), None
+
+    def get_peft_model(model: Any, **how: Any) -> Any:
+        told.append(how)
+        return model
+
+    stand_in = ModuleType("unsloth")
+    stand_in.FastLanguageModel = SimpleNamespace(from_pretrained=from_pretrained, get_peft_model=get_peft_model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth", stand_in)
+    settings = {"backend": "unsloth", "max_seq_length": 300, "load_in_4bit": True, "dtype": "float16"}
+    run = configured(tmp_path, tiny_model, base_model=settings, lora={"rank": 3, "alpha": 5, "dropout": 0.1})
+    loading.activate_backend(run.base_model)
+    loading.new_adapter(loaded(run, tmp_path), run.lora, seed=9)
+    loader, adapter = told
+    assert (loader["max_seq_length"], loader["dtype"], loader["load_in_4bit"]) == (300, torch.float16, True)
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"], adapter["random_state"]) == (3, 5, 0.1, 9)
+    assert adapter["target_modules"] == list(run.lora.target_modules)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"base_model\.backend: unsloth needs a CUDA GPU"):
+        loading.activate_backend(run.base_model)
+
+
+def test_four_bits(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cuda: None) -> None:
+    from transformers import AutoModelForCausalLM
+
+    told: list[dict[str, Any]] = []
+
+    def from_pretrained(folder: Path, **how: Any) -> Any:
+        told.append(how)
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    run = configured(tmp_path, tiny_model, base_model={"load_in_4bit": True, "dtype": "float16"})
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"base_model\.load_in_4bit: needs bitsandbytes, which is missing"):
+        loaded(run, tmp_path)
+    monkeypatch.setattr(loading, "find_spec", lambda name: object())
+    loaded(run, tmp_path)
+    loaded(configured(tmp_path, tiny_model, base_model={"dtype": "float16"}), tmp_path)
+    quantised, plain = told
+    how = quantised["quantization_config"]
+    assert (how.load_in_4bit, how.bnb_4bit_quant_type, how.bnb_4bit_compute_dtype) == (True, "nf4", torch.float16)
+    assert "quantization_config" not in plain
+
+
+@pytest.mark.parametrize("optim", ["auto", "adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_optimizers(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from preference_tuning.training import arguments
+
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="8bit needs bitsandbytes, which is not installed"):
+        arguments.optimizer(optim, on_cpu=False)
+    monkeypatch.setattr(arguments, "find_spec", lambda name: object())
+    assert arguments.optimizer(optim, on_cpu=False) == optim.replace("auto", "adamw_8bit")
+    assert arguments.optimizer("auto", on_cpu=True) == "adamw_torch_fused"
+
+
+def test_the_chat_template_makes_the_tokens(tmp_path: Path, tiny_model: Path) -> None:
+    jinja = tmp_path / "template.jinja"
+    jinja.write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}")
+    asked, said = [{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}]
+    texts = []
+    for template in ("chatml", str(jinja)):
+        base = loaded(configured(tmp_path, tiny_model, base_model={"chat_template": template}), tmp_path)
+        (row,) = chat.encode(base.tokenizer, [chat.Conversation(asked, [said])], chat.Room(64))
+        assert isinstance(row, chat.Encoded)
+        texts.append(base.tokenizer.decode(row.prompt_ids + row.answer_ids[0]))
+    turns = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+    assert texts == [turns, "[user] Why?<|im_end|>[assistant] So.<|im_end|>"]
+
+
+# --- the adapter ----------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_is_the_one_asked_for(tmp_path: Path, tiny_model: Path) -> None:
+    for settings in (
+        {"rank": 2, "alpha": 8, "dropout": 0.0, "target_modules": ["v_proj", "q_proj"]},
+        {"rank": 5, "alpha": 5, "dropout": 0.25, "target_modules": ["down_proj"]},
+    ):
+        run = configured(tmp_path, tiny_model, base_model={"device": "cpu"}, lora=settings)
+        model = loading.new_adapter(loaded(run, tmp_path), run.lora, seed=1)
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_dropout")}
+        assert {name.rpartition(".")[2] for name in layers} == set(settings["target_modules"])  # type: ignore[arg-type]
+        for layer in layers.values():
+            assert layer.lora_A["default"].weight.shape[0] == settings["rank"]
+            assert layer.scaling["default"] == settings["alpha"] / settings["rank"]  # type: ignore[operator]
+            assert getattr(layer.lora_dropout["default"], "p", 0.0) == settings["dropout"]
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_the_one_asked_for(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModelForCausalLM
+
+    from preference_tuning.evaluation.__main__ import main
+
+    source = write_jsonl(tmp_path / "rows.jsonl", preference_rows(40))
+    seen: dict[str, set[int]] = {}
+    score, generate = scoring.pair_logps, PeftModelForCausalLM.generate
+
+    def watched_scoring(model: Any, pairs: Any, *, batch_size: int, **how: Any) -> Any:
+        seen["batch_size"] = {batch_size}
+        for numbers, logps in score(model, pairs, batch_size=batch_size, **how):
+            seen.setdefault("scored", set()).add(len(numbers))
+            yield numbers, logps
+
+    def watched_generation(self: Any, **how: Any) -> Any:
+        made = generate(self, **how)
+        seen.setdefault("new_tokens", set()).add(made.shape[1] - how["input_ids"].shape[1])
+        return made
+
+    monkeypatch.setattr(scoring, "pair_logps", watched_scoring)
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", watched_generation)
+    for settings in (
+        {"batch_size": 4, "samples": 2, "max_new_tokens": 3, "seed": 1},
+        {"batch_size": 8, "samples": 0, "max_new_tokens": 3, "seed": 2},
+        {"batch_size": 8, "samples": 5, "max_new_tokens": 6, "seed": 2},
+    ):
+        seen.clear()
+        run = configured(
+            tmp_path, tiny_model, base_model={"device": "cpu", "dtype": "float32"}, evaluation=settings,
+            data={"source": str(source), "held_out": 0.4}, lora={"rank": 2}, tracking={"mode": "off"},
+        )  # fmt: skip
+        dataset = prepare.prepare(run.data, data_job.fingerprints_of(run.data), tmp_path / "data")
+        adapter = tmp_path / "adapter"
+        base = loaded(run, tmp_path)
+        loading.save_adapter(loading.new_adapter(base, run.lora, 1), base.tokenizer, adapter, run.base_model)
+        comet = CometRun(config=run.tracking, experiment_key="0" * 32, folder=tmp_path)
+        work = evaluation_job.from_artifacts(
+            run.base_model, locate(run.base_model), dataset, {"sft": adapter}, run.evaluation, tmp_path, comet,
+            beta=0.3, max_length=100,
+        )  # fmt: skip
+        found = main(tmp_path, work)
+        assert max(seen["scored"]) == settings["batch_size"]
+        assert seen.get("new_tokens", {0}) == ({settings["max_new_tokens"]} if settings["samples"] else {0})
+        assert len(found.samples) == settings["samples"]
+        scores = evaluation_job.load_scores(tmp_path / evaluation_job.EVIDENCE)
+        by_hand = [statistics.mean(-scores["base/chosen"] / scores["chosen_tokens"], seed) for seed in (1, 2)]
+        assert by_hand[0] != by_hand[1]
+        assert found.models["base"]["nll/chosen"] == by_hand[settings["seed"] - 1]
+
+
+def figure(low: float, value: float, high: float) -> Figure:
+    return Figure(low=low, value=value, high=high)
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes", "fails", "instead"),
+    [
+        ("min_pairs", 40, 41, "inconclusive"),
+        ("min_accuracy", 0.59, 0.61, "inconclusive"),
+        ("min_accuracy", 0.59, 0.71, "hold"),
+        ("max_nll_increase", 0.3, 0.29, "inconclusive"),
+        ("max_nll_increase", 0.3, 0.19, "hold"),
+        ("champion_tolerance", 0.05, 0.04, "inconclusive"),
+        ("champion_tolerance", 0.05, 0.01, "hold"),
+    ],
+)
+def test_each_rule_follows_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, passes: float, fails: float, instead: str
+) -> None:
+    """40 pairs, an accuracy of 0.7 [0.6, 0.8], a loss up by 0.2 [0.1, 0.3], 0.02 [-0.05, 0.01] below the champion."""
+    figures = {"rewards/accuracies": figure(0.6, 0.7, 0.8), "nll/chosen_change": figure(0.1, 0.2, 0.3)}
+    monkeypatch.setattr(result, "_common_scores", lambda *_: {})
+    monkeypatch.setattr(statistics, "accuracy_difference", lambda *_: figure(-0.05, -0.02, 0.01))
+    of_run: Any = SimpleNamespace(source=ModelSource(kind="hub", location="org/m", fingerprint="f"))
+    registry: Any = SimpleNamespace(version=lambda _: SimpleNamespace(base_model={"fingerprint": "f"}))
+    decisions = []
+    for value in (passes, fails):
+        open_ones = {"min_pairs": 1, "min_accuracy": 0.0, "max_nll_increase": 9.0, "champion_tolerance": 0.5}
+        rules = configured(tmp_path, "org/m", evaluation={**open_ones, limit: value}).evaluation
+        verdict = gate.judge("dpo", 40, {"x": np.zeros(1)}, figures, rules)
+        decisions.append(result._against_champion(of_run, registry, "reigning", verdict, rules).decision)
+    assert decisions == ["promote", instead]
+
+
+# --- places and tracking --------------------------------------------------------------------------------------------
+
+
+def test_where_things_go(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steps.context import Run
+
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", preference_rows(4))
+    for out, folder, name in (("outputs", "outputs/registry", "preference-tuned"), ("else/where", "kept", "m")):
+        run = configured(tmp_path, tiny_model, output_dir=out, registry={"folder": folder, "name": name})
+        assert data_job.of_run(run, None).output_dir == tmp_path / out
+        step = Run(id="a" * 32, name="r", config=run, fresh=False)
+        assert step.output_dir.absolute() == tmp_path / out
+        assert step.comet.folder == tmp_path / out / "comet" / step.id
+        assert FolderRegistry(run.registry).folder == tmp_path / folder / name
+    assert configured(tmp_path, tiny_model).output_dir == "outputs"
+
+
+def test_comet_is_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comet_ml
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(comet_ml, "start", lambda **how: told.append(how))
+    for tracking in (
+        {"mode": "offline"},
+        {"mode": "offline", "project": "p", "workspace": "w", "tags": ["night", "a"]},
+    ):
+        run = configured(tmp_path, "org/m", tracking=tracking)
+        Comet.start(CometRun(config=run.tracking, experiment_key="0" * 32, folder=tmp_path), "sft")
+    plain, set_ = told
+    assert (plain["project_name"], plain["workspace"], plain["experiment_config"].tags) == (
+        "preference-tuning",
+        None,
+        [],
+    )
+    assert (set_["project_name"], set_["workspace"], set_["experiment_config"].tags) == ("p", "w", ["night", "a"])
