@@ -185,10 +185,10 @@ def unwrap(model: nn.Module) -> Any:
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """log p of the targets under a frozen head, in tiles, with the gradient formed in the same pass.
+    """log p of the targets, in tiles, without ever keeping logits.
 
-    For logits z = W h, d log p[t] / dh = W[t] - softmax(z) W. Forming it forward makes backward one multiplication
-    and never keeps logits.
+    For logits z = W h, d log p[t] / dh = W[t] - softmax(z) W. Under a frozen head it is formed in the same pass, which
+    makes backward one multiplication. For a head that trains, backward computes the logits of each tile once more.
     """
 
     @staticmethod
@@ -205,7 +205,8 @@ class _HeadLogProbs(torch.autograd.Function):
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
         entropies, correct = torch.empty_like(logps), torch.empty_like(targets, dtype=torch.bool)
         gradient = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-        wants_gradient = ctx.needs_input_grad[0]
+        ctx.head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        wants_gradient = ctx.needs_input_grad[0] and not ctx.head_trains
         matrix = weight.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), HEAD_TILE):
@@ -222,11 +223,18 @@ class _HeadLogProbs(torch.autograd.Function):
         if wants_gradient:
             ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype
+        if ctx.head_trains:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+            ctx.how = dtype, softcap, scale
         ctx.mark_non_differentiable(entropies, correct)
         return logps, entropies, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.head_trains:
+            hidden, weight, bias, targets = ctx.saved_tensors
+            found = _gradients_with_head(hidden, weight, bias, targets, grads[0], *ctx.how)
+            return (*found, None, None, None, None)
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0][:, None]).to(ctx.dtype), None, None, None, None, None, None
 
@@ -252,6 +260,41 @@ def _gradient(
     slope = probabilities.neg().scatter_add_(-1, target, torch.ones_like(target, dtype=probabilities.dtype))
     slope *= 1 - (logits / softcap) ** 2
     return factor * (slope.to(matrix.dtype) @ matrix).float()
+
+
+def _gradients_with_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    upstream: Tensor,
+    dtype: torch.dtype,
+    softcap: float | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of hidden [N, H], weight [V, H] and bias [V], given that of the log-probabilities, [N]."""
+    of_hidden = torch.empty_like(hidden)
+    of_weight = torch.zeros_like(weight, dtype=torch.float32)
+    of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+    matrix = weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(targets), HEAD_TILE):
+            tile = slice(start, start + HEAD_TILE)
+            target, states = targets[tile, None], hidden[tile].to(dtype)
+            logits = _finish_logits(states @ matrix.T, bias, softcap, scale)
+            slope = logits.float().softmax(-1).neg_()
+            slope.scatter_add_(-1, target, torch.ones_like(target, dtype=slope.dtype))
+            slope *= upstream[tile, None]
+            if softcap is not None:
+                slope *= 1 - (logits / softcap) ** 2
+            if scale is not None:
+                slope *= scale
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+            low = slope.to(dtype)
+            of_hidden[tile] = (low @ matrix).to(hidden.dtype)
+            of_weight += low.T @ states
+    return of_hidden, of_weight.to(weight.dtype), None if bias is None or of_bias is None else of_bias.to(bias.dtype)
 
 
 apply_head: Any = _HeadLogProbs.apply  # untyped in torch
