@@ -11,7 +11,7 @@ from conftest import Project, make_project
 from test_scoring import sft_of_both, tiny, trainer, word_level
 from test_training import COMET, interrupted
 
-from preference_tuning import config
+from preference_tuning import config, preflight
 from preference_tuning.config import BaseModelConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError
@@ -172,6 +172,14 @@ def test_a_published_full_model_is_loaded_as_any_model(project: Project, version
             with torch.no_grad():
                 logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[start - 1 :]
             assert logps.sum().item() == pytest.approx(scores[f"{name}/chosen"][i], abs=1e-3), name
+
+
+def test_check_warns_of_an_adapters_learning_rate(project: Project) -> None:
+    run = config.load(project.folder / "run.yaml", ["dpo.learning_rate=1e-6"]).config
+    run = run.model_copy(update={"output_dir": str(project.folder / "outputs")})
+    first, second, *_ = preflight.check(run).splitlines()
+    assert first.endswith("every weight is trained")
+    assert second.strip() == "warning: sft.learning_rate 0.003 is a rate for adapters; usual here is 2e-05"
 
 
 @pytest.mark.faults
