@@ -37,7 +37,7 @@ def build(folder: Path) -> tuple[Any, dict[str, Any]]:
     tokens = rows.tokenise(dataset.path("train"), base.tokenizer, room, folder, answers=2).rows
     nothing = [0.0] * len(tokens)
     tokens = tokens.add_column("ref_chosen_logps", nothing).add_column("ref_rejected_logps", nothing)
-    model = loading.new_adapter(base, run.lora, seed=0)
+    model = loading.new_policy(base, run.lora, seed=0)
     both = {
         name: trainers.PreferenceTrainer(
             model=model,

@@ -48,7 +48,7 @@ def _training(
     data: DataConfig,
     finetuning_type: Literal["sft", "dpo"] = "sft",
     output_dir: str = "outputs",
-    lora: LoraConfig = LoraConfig(),
+    lora: LoraConfig | None = LoraConfig(),
     sft: SFTConfig = SFTConfig(),
     dpo: DPOConfig = DPOConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),

@@ -10,6 +10,9 @@ from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
 
+USUAL = {"sft": 2e-5, "dpo": 5e-7}
+"""Learning rates at which a whole model of a few billion parameters is trained (Zephyr, Tunstall et al. 2023)."""
+
 
 def check(config: RunConfig) -> str:
     """Check the config against the world (model, data, folders, tracking) and return the findings, a line each.
@@ -38,7 +41,18 @@ def check(config: RunConfig) -> str:
 
 def _model(config: RunConfig) -> str:
     source = locate(config.base_model)
-    return f"{source.kind} {source.location} ({source.fingerprint[:16]})"
+    told = [f"{source.kind} {source.location} ({source.fingerprint[:16]})"]
+    if config.lora is None:
+        told[0] += ", every weight is trained"
+        rates = {"sft": config.sft.learning_rate}
+        if config.finetuning_type == "dpo":
+            rates["dpo"] = config.dpo.learning_rate
+        told += [
+            f"{'':10}warning: {stage}.learning_rate {rate:g} is a rate for adapters; usual here is {USUAL[stage]:g}"
+            for stage, rate in rates.items()
+            if rate > 10 * USUAL[stage]
+        ]
+    return "\n".join(told)
 
 
 def _data(config: RunConfig) -> str:

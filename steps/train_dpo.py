@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the SFT adapter goes on, with the SFT policy as its reference."""
+"""Direct preference optimisation: the SFT result goes on, with the SFT policy as its reference."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,7 @@ from steps.context import current_run
 def train_dpo(
     dataset: Path, sft_adapter: Path, base_model: BaseModelConfig, base_model_fingerprint: str, dpo: DPOConfig
 ) -> tuple[Annotated[Path, "dpo_adapter"], Annotated[Path, "dpo_evidence"], Annotated[HTMLString, "dpo_report"]]:
-    """Continue the SFT adapter on the pairs, in a process of its own."""
+    """Continue what SFT left on the pairs, in a process of its own."""
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: base model + chosen answers -> adapter."""
+"""Supervised fine-tuning: base model + chosen answers -> adapter, or full model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +16,9 @@ from steps.context import current_run
 
 @step(output_materializers={"sft_adapter": DirectoryMaterializer, "sft_evidence": DirectoryMaterializer})
 def train_sft(
-    dataset: Path, base_model: BaseModelConfig, base_model_fingerprint: str, lora: LoraConfig, sft: SFTConfig
+    dataset: Path, base_model: BaseModelConfig, base_model_fingerprint: str, lora: LoraConfig | None, sft: SFTConfig
 ) -> tuple[Annotated[Path, "sft_adapter"], Annotated[Path, "sft_evidence"], Annotated[HTMLString, "sft_report"]]:
-    """Train a fresh adapter on the chosen answers, in a process of its own."""
+    """Train a fresh adapter, or every weight without ``lora``, on the chosen answers, in a process of its own."""
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(

@@ -13,7 +13,7 @@ OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
     "huggingface_hub": {"hub.py"},
-    "peft": {"models/loading.py"},
+    "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),
     "unsloth": {"models/loading.py"},
     "trl": {"training/arguments.py", "training/trainers.py"},

@@ -73,10 +73,11 @@ def test_a_shared_prompt_changes_nothing(family: str) -> None:
     assert torch.allclose(shared, plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Phi"])
-def test_the_heads_gradient_is_autograds(family: str) -> None:
-    """The gradient formed in the forward pass equals that of log_softmax over full logits."""
-    model = tiny(family)
+def test_the_heads_gradient_is_autograds(family: str, trains: bool) -> None:
+    """Of the hidden states, and of the head where it trains, as from log_softmax over full logits."""
+    model = tiny(family).requires_grad_(trains)
     rows = scoring.pair_rows(PAIRS, True, pad_id=0)
     layer = model.get_output_embeddings()
     hidden = torch.randn(len(rows.targets), 32, requires_grad=True)
@@ -90,10 +91,13 @@ def test_the_heads_gradient_is_autograds(family: str) -> None:
     expected = logits.log_softmax(-1)
     taken = expected.gather(-1, rows.targets[:, None])[:, 0]
     weights = torch.randn(len(logps))
-    (logps * weights).sum().backward()
-    (taken * weights).sum().backward()
+    ours = [hidden, *(p for p in layer.parameters() if trains)]
+    theirs = [twin, *ours[1:]]
+    found = torch.autograd.grad((logps * weights).sum(), ours)
+    wanted = torch.autograd.grad((taken * weights).sum(), theirs)
     assert torch.allclose(logps, taken, atol=1e-5)
-    assert torch.allclose(hidden.grad, twin.grad, atol=1e-5)
+    for mine, its in zip(found, wanted, strict=True):
+        assert torch.allclose(mine, its, atol=1e-5)
     assert torch.allclose(entropies, -(expected.exp() * expected).sum(-1), atol=1e-5)
     assert torch.equal(correct, expected.argmax(-1) == rows.targets)
     assert torch.allclose(mean_logits, logits.mean(-1), atol=1e-5)
@@ -350,13 +354,20 @@ def test_the_literatures_values(tmp_path: Path, loss: str, beta: float) -> None:
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "Gemma", "Phi"])
 def test_sft_equals_stock_trl(tmp_path: Path, family: str) -> None:
     """The loss on the answers' tokens and its gradient, with rows of unequal lengths and an answer of one token."""
+    (our_loss, ours), (stock_loss, stock) = sft_of_both(tmp_path, adapted(family))
+    assert our_loss == pytest.approx(stock_loss, abs=1e-5)
+    our_gradient, stock_gradient = (torch.cat([g.flatten() for g in found.values()]) for found in (ours, stock))
+    assert (our_gradient - stock_gradient).norm() / stock_gradient.norm() < 1e-4
+
+
+def sft_of_both(tmp_path: Path, model: Any) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Return the loss and the gradients that our trainer gives a model, then those that stock TRL gives it."""
     import datasets
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from preference_tuning.training.trainers import AnswerSFTTrainer
 
-    model = adapted(family)
     rows = datasets.Dataset.from_list([{**pair, "length": 1} for pair in PAIRS])
     plain = [
         {
@@ -375,16 +386,14 @@ def test_sft_equals_stock_trl(tmp_path: Path, family: str) -> None:
     )
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
     stock = SFTTrainer(train_dataset=datasets.Dataset.from_list(plain), data_collator=collator, **common)
-    found = {}
-    for name, engine, batch in (("ours", ours, ours.data_collator(list(rows))), ("stock", stock, collator(plain))):
+    found = []
+    for engine, batch in ((ours, ours.data_collator(list(rows))), (stock, collator(plain))):
         engine.model.train()
         engine.model.zero_grad()
         loss = engine.compute_loss(engine.model, batch)
         loss.backward()
-        found[name] = loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    assert found["ours"][0] == pytest.approx(found["stock"][0], abs=1e-5)
-    difference = (found["ours"][1] - found["stock"][1]).norm() / found["stock"][1].norm()
-    assert difference < 1e-4
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -248,13 +248,26 @@ def test_shares_of_a_run() -> None:
     assert sorted(steps_of_share(0.333, 3000)) == [999, 1998, 3000], "a third of the run, three times"
 
 
-def test_checkpoints_are_only_trusted_as_sealed(tmp_path: Path) -> None:
-    for step in (4, 8):
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    "weights", [("adapter_config.json", "adapter_model.safetensors"), ("model.safetensors",), SHARDS], ids=len
+)
+def test_checkpoints_are_only_trusted_as_sealed(tmp_path: Path, weights: tuple[str, ...]) -> None:
+    for step in (4, 8, 9):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        for name in checkpoints.NEEDED:
+        if weights == SHARDS:
+            index = {"weight_map": dict(zip("ab", SHARDS, strict=True))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in (*checkpoints.NEEDED, *weights):
             (folder / name).write_bytes(os.urandom(64))
+        if step == 9:
+            (folder / weights[-1]).unlink()
         checkpoints.seal(folder)
+    assert checkpoints.problem(tmp_path / "checkpoint-9") == f"it has no {weights[-1]}"
+    shutil.rmtree(tmp_path / "checkpoint-9")
     newest = tmp_path / "checkpoint-8"
     assert checkpoints.newest_good(tmp_path) == (newest, [])
     damages = {
@@ -280,8 +293,13 @@ def test_an_interrupted_job_goes_on_to_the_same_weights(
 ) -> None:
     whole = sft if stage == "sft" else dpo
     extra = {"adapter": sft.adapter} if stage == "dpo" else {}
-    work = job_of(run, tmp_path, stage, **extra)
-    folder = tmp_path / "jobs" / whole.record.job
+    resumed = interrupted(job_of(run, tmp_path, stage, **extra), tmp_path / "jobs" / whole.record.job, how)
+    assert resumed.record.adapter_hash == whole.record.adapter_hash
+    assert losses(resumed) == losses(whole), "no gap, no duplicate, the same floats"
+
+
+def interrupted(work: TrainingJob, folder: Path, how: signal.Signals) -> Trained:
+    """Run a job in its folder, end it in the middle by a signal, and return what the same job makes when it goes on."""
     folder.mkdir(parents=True)
     jobs.write_json(folder / jobs.JOB, work.model_dump(mode="json"))
     # Slow the child down so that the signal meets it in the middle.
@@ -294,7 +312,8 @@ def test_an_interrupted_job_goes_on_to_the_same_weights(
     child = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=fingerprint.PACKAGE.parent)
     spool = folder / "evidence" / job.METRICS
     wait_until(
-        lambda: spool.is_file() and f"{stage}/train/loss" in spool.read_text() and two_steps(spool, stage), child
+        lambda: spool.is_file() and f"{work.stage}/train/loss" in spool.read_text() and two_steps(spool, work.stage),
+        child,
     )
     child.send_signal(how)
     assert child.wait(60) == (75 if how == signal.SIGTERM else -signal.SIGKILL)
@@ -303,8 +322,7 @@ def test_an_interrupted_job_goes_on_to_the_same_weights(
         assert json.loads((folder / jobs.ERROR).read_text())["exit_code"] == InterruptedJobError.exit_code
     resumed = job.train(work)
     assert resumed.record.resumed_at != []
-    assert resumed.record.adapter_hash == whole.record.adapter_hash
-    assert losses(resumed) == losses(whole), "no gap, no duplicate, the same floats"
+    return resumed
 
 
 def two_steps(spool: Path, stage: str) -> bool:

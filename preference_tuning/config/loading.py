@@ -194,11 +194,18 @@ def _build(document: _Document, loader: _Loader, node: yaml.Node, path: KeyPath,
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_build(document, loader, item, (*path, i), budget) for i, item in enumerate(node.value)]
+    _check_empty(document, path, node.value)
     try:
         return loader.construct_object(node)  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError) as error:
         document.problem(path, f"not a plain value: {getattr(error, 'problem', None) or error}")
         return None
+
+
+def _check_empty(document: _Document, path: KeyPath, text: str) -> None:
+    """Refuse ``lora:`` with nothing behind it, which YAML takes for null: that must be asked for in so many letters."""
+    if path == ("parameters", "lora") and not text.strip():
+        document.problem(path, "is empty; write null to train every weight, or leave it out to train a default adapter")
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
@@ -225,6 +232,7 @@ def _apply(document: _Document, override: str) -> None:
         parent = child
     parent[str(path[-1])] = value
     document.lines[path] = "--set"
+    _check_empty(document, path, text)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,15 @@ def main(folder: Path, job: EvaluationJob) -> Evaluation:
 class _Evaluating:
     def __init__(self, folder: Path, job: EvaluationJob, comet: Comet) -> None:
         from preference_tuning.models import loading
+        from preference_tuning.models.family import Family
 
         self.job, self.comet = job, comet
         self.start = time.monotonic()
         self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
-        self.base: Any = loading.load_base(job.base_model, job.source, job.output_dir)
-        self.model = loading.load_adapters(self.base, job.adapters)
+        self.family = Family(job.base_model, job.source, job.output_dir, job.adapters)
+        self.base = self.family.base
 
     def run(self) -> Evaluation:
         from preference_tuning.models import chat, rows
@@ -43,7 +43,8 @@ class _Evaluating:
         job = self.job
         held_out = job.data / "held_out.arrow"
         tokens = rows.tokenise(held_out, self.base.tokenizer, job.room, job.output_dir / "tokens", answers=2)
-        scores = self._score(tokens.rows)
+        asked = self._asked(held_out)
+        scores, answers = self._read(tokens.rows, asked)
         self._write_scores(scores)
         models = self._figures(scores)
         candidate = list(job.adapters)[-1]
@@ -56,48 +57,49 @@ class _Evaluating:
             template_hash=chat.template_hash(self.base.tokenizer),
             beta=job.beta,
             models=models,
-            samples=self._samples(held_out),
+            samples=_samples(asked, answers),
             verdict=verdict,
             seconds=round(time.monotonic() - self.start, 3),
         )
         self._report(evaluation, scores)
         return evaluation
 
-    def _as(self, name: str) -> Any:
-        """Return a context in which the one set of weights is the model ``name``."""
-        if name == BASE:
-            return self.model.disable_adapter()
-        self.model.set_adapter(name)
-        return nullcontext()
-
-    def _score(self, rows: Any) -> dict[str, statistics.Array]:
+    def _read(self, rows: Any, asked: list[dict[str, Any]]) -> tuple[dict[str, statistics.Array], dict[str, list[str]]]:
+        """Return the scores on the rows and the answers to what is asked, of every model in turn."""
         import numpy as np
         import pyarrow.compute as pc
 
-        from preference_tuning.models import scoring
-
-        refusal = scoring.refuses_shared_prompt(self.model, max(rows["length"]))
-        names = [BASE, *self.job.adapters]
         lengths = {side: pc.list_value_length(rows.data.column(f"{side}_ids")).to_numpy() for side in SIDES}
         scores = {f"{side}_tokens": lengths[side].astype(np.float64) for side in SIDES}
-        with bar("scoring", len(names) * len(rows)) as progress:
-            for name in names:
-                values = np.full((len(rows), 2), np.nan)
-                with self._as(name):
-                    batches = scoring.pair_logps(
-                        self.model,
-                        rows,
-                        dtype=self.base.dtype,
-                        device=self.base.device,
-                        pad_id=self.base.tokenizer.pad_token_id,
-                        batch_size=self.job.config.batch_size,
-                        shared=refusal is None,
-                    )
-                    for numbers, logps in batches:
-                        values[numbers] = logps.numpy()
-                        progress.update(len(numbers))
-                scores |= {f"{name}/{side}": values[:, i] for i, side in enumerate(SIDES)}
-        return scores
+        answers: dict[str, list[str]] = {}
+        for name in (BASE, *self.job.adapters):
+            with self.family.member(None if name == BASE else name) as model:
+                values = self._score(name, model, rows)
+                answers[name] = self._answer(name, model, asked) if asked else []
+            scores |= {f"{name}/{side}": values[:, i] for i, side in enumerate(SIDES)}
+        return scores, answers
+
+    def _score(self, name: str, model: Any, rows: Any) -> statistics.Array:
+        """Return the log-probabilities [rows, 2] of chosen and rejected."""
+        import numpy as np
+
+        from preference_tuning.models import scoring
+
+        values = np.full((len(rows), 2), np.nan)
+        with bar(f"scoring {name}", len(rows)) as progress:
+            batches = scoring.pair_logps(
+                model,
+                rows,
+                dtype=self.base.dtype,
+                device=self.base.device,
+                pad_id=self.base.tokenizer.pad_token_id,
+                batch_size=self.job.config.batch_size,
+                shared=scoring.refuses_shared_prompt(model, max(rows["length"])) is None,
+            )
+            for numbers, logps in batches:
+                values[numbers] = logps.numpy()
+                progress.update(len(numbers))
+        return values
 
     def _write_scores(self, scores: dict[str, statistics.Array]) -> None:
         import pyarrow as pa
@@ -116,31 +118,15 @@ class _Evaluating:
             parent = name
         return found
 
-    def _samples(self, held_out: Path) -> list[Sample]:
+    def _asked(self, held_out: Path) -> list[dict[str, Any]]:
+        """Return the held-out pairs whose prompts every model answers, spread over the set."""
         from preference_tuning.models.rows import in_order
 
         pairs = in_order(held_out)
         count = min(self.job.config.samples, len(pairs))
-        chosen = [pairs[i * len(pairs) // count] for i in range(count)]
-        if not chosen:
-            return []
-        names = [BASE, *self.job.adapters]
-        answers: dict[str, list[str]] = {}
-        with bar("answering", len(names) * count) as progress:
-            for name in names:
-                with self._as(name):
-                    answers[name] = self._answer(chosen)
-                progress.update(count)
-        return [
-            Sample(
-                prompt=row["prompt"][-1]["content"],
-                chosen=row["chosen"][-1]["content"],
-                answers={name: answers[name][i] for name in names},
-            )
-            for i, row in enumerate(chosen)
-        ]
+        return [pairs[i * len(pairs) // count] for i in range(count)]
 
-    def _answer(self, pairs: list[dict[str, Any]]) -> list[str]:
+    def _answer(self, name: str, model: Any, pairs: list[dict[str, Any]]) -> list[str]:
         """Return greedy answers to the prompts of a batch of pairs."""
         import torch
 
@@ -155,8 +141,9 @@ class _Evaluating:
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(e)) + e for e in encoded], device=device)
         mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded], device=device)
         low = self.base.dtype != torch.float32
-        with torch.no_grad(), torch.autocast(device.type, self.base.dtype, enabled=low):
-            made = self.model.generate(
+        autocast = torch.autocast(device.type, self.base.dtype, enabled=low)
+        with bar(f"answering {name}", len(pairs)) as progress, torch.no_grad(), autocast:
+            made = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
@@ -164,6 +151,7 @@ class _Evaluating:
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
+            progress.update(len(pairs))
         texts: list[str] = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -189,6 +177,17 @@ class _Evaluating:
         )
         jobs.write_json(self.evidence / jobs_of_evaluation.SUMMARY, evaluation.model_dump(mode="json"))
         jobs.write_text(self.evidence / jobs_of_evaluation.REPORT, report.render(evaluation, scores))
+
+
+def _samples(asked: list[dict[str, Any]], answers: dict[str, list[str]]) -> list[Sample]:
+    return [
+        Sample(
+            prompt=row["prompt"][-1]["content"],
+            chosen=row["chosen"][-1]["content"],
+            answers={name: given[i] for name, given in answers.items()},
+        )
+        for i, row in enumerate(asked)
+    ]
 
 
 SIDES = ("chosen", "rejected")

@@ -23,7 +23,7 @@ BASE = "base"
 
 
 class EvaluationJob(BaseModel):
-    """Which adapters are scored on which held-out pairs; the base model is always among the models."""
+    """Which tuned models are scored on which held-out pairs; the base model is always among the models."""
 
     base_model: BaseModelConfig
     source: ModelSource
@@ -31,7 +31,8 @@ class EvaluationJob(BaseModel):
     data: Path
     data_fingerprint: str
     adapters: dict[str, Path]
-    """In the order in which they were trained: each is the reference of the next, the base model of the first."""
+    """Folders of adapters or full models, in the order in which they were trained: each is the reference of the next,
+    the base model of the first."""
     adapter_hashes: dict[str, str]
     beta: float
     max_length: int
@@ -65,7 +66,7 @@ class Sample(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """The figures of every model, samples, and the verdict on the last adapter."""
+    """The figures of every model, samples, and the verdict on the last tuned model."""
 
     pairs: int
     dropped: int

@@ -1,6 +1,5 @@
-"""Loading the base model and its adapter, and writing an adapter that is the same bytes for the same weights."""
+"""Loading the base model, and the policy on it: a LoRA adapter, or every weight."""
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,23 +12,23 @@ from torch import nn
 from preference_tuning import hub
 from preference_tuning.config import BaseModelConfig, LoraConfig
 from preference_tuning.errors import ConfigError
-from preference_tuning.models import chat, fused, gguf
+from preference_tuning.models import chat, fused, gguf, weights
 from preference_tuning.models.source import ModelSource
 from preference_tuning.models.tokenizer import load_tokenizer
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
 class Base:
-    """A loaded base model without an adapter, and what it runs on."""
+    """A loaded base model without an adapter, or the full model tuned from it, and what it runs on."""
 
     model: nn.Module
     tokenizer: chat.Tokenizer
     device: torch.device
     dtype: torch.dtype
-    """Precision of the matrix products; adapter weights and sums stay in fp32."""
+    """Precision of the matrix products; trained weights and sums stay in fp32."""
     config: BaseModelConfig
+    tuned: Path | None
+    """The folder of the policy that goes on it, or of the full model that was loaded in its place."""
 
 
 def activate_backend(config: BaseModelConfig) -> None:
@@ -86,29 +85,40 @@ def model_folder(source: ModelSource, output_dir: Path) -> Path:
     return Path(source.location)
 
 
-def load_base(config: BaseModelConfig, source: ModelSource, output_dir: Path) -> Base:
+def load_base(
+    config: BaseModelConfig, source: ModelSource, output_dir: Path, full: bool = False, tuned: Path | None = None
+) -> Base:
     """Load the frozen base model in its working precision.
+
+    Args:
+        config: the section of the run config.
+        source: where the model lies.
+        output_dir: where conversions are kept.
+        full: keep the weights in fp32, for training all of them and for comparison with models trained so.
+        tuned: the folder of a policy; a full model there is loaded in place of the base model, also in fp32.
 
     Raises:
         ConfigError: the device, the backend or the model's files do not allow it.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    folder = model_folder(source, output_dir)
+    replaced = tuned is not None and not weights.is_adapter(tuned)
+    folder = tuned if tuned is not None and replaced else model_folder(source, output_dir)
+    kept_in = torch.float32 if full or replaced else dtype
     model: nn.Module
     if config.backend == "unsloth":
         model = _load_with_unsloth(config, folder, dtype)
     else:
-        model = _load_with_transformers(config, folder, device, dtype)
+        model = _load_with_transformers(config, folder, device, dtype, kept_in)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if dtype == torch.bfloat16:
         _keep_residual_in_fp32(model)
-    return Base(model, load_tokenizer(config, source, output_dir), device, dtype, config)
+    return Base(model, load_tokenizer(config, source, output_dir), device, dtype, config, tuned)
 
 
 def _load_with_transformers(
-    config: BaseModelConfig, folder: Path, device: torch.device, dtype: torch.dtype
+    config: BaseModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, kept_in: torch.dtype
 ) -> nn.Module:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
@@ -131,7 +141,7 @@ def _load_with_transformers(
         )
         extra["device_map"] = {"": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kept_in, **extra)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"base_model.source: cannot load {config.source}: {str(error).splitlines()[0]}") from None
     loaded: nn.Module = model if config.load_in_4bit else model.to(device)
@@ -158,6 +168,40 @@ def _keep_residual_in_fp32(model: nn.Module) -> None:
         return output.float()
 
     model.get_input_embeddings().register_forward_hook(widen)  # type: ignore[operator]
+
+
+def new_policy(base: Base, lora: LoraConfig | None, seed: int) -> Any:
+    """Return the policy that training starts from: a fresh adapter on the base model, or the base model whole.
+
+    Raises:
+        ConfigError: the model has no such modules to adapt, or cannot be saved.
+    """
+    return _train_all(base.model) if lora is None else new_adapter(base, lora, seed)
+
+
+def load_policy(base: Base, trainable: bool = False) -> Any:
+    """Return the policy of the folder that the base was loaded for (``Base.tuned``)."""
+    assert base.tuned is not None
+    if weights.is_adapter(base.tuned):
+        return load_adapter(base, base.tuned, trainable)
+    return _train_all(base.model) if trainable else base.model
+
+
+def _train_all(model: Any) -> Any:
+    """Make every weight trainable, embeddings and norms included; tied ones stay tied."""
+    if getattr(model.config, "quantization_config", None):
+        raise ConfigError(
+            "base_model.source: the model's weights are quantised, and lora is null; such weights do not train. Give a "
+            "lora section, or the model before it was quantised"
+        )
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        # It would come up at the first checkpoint.
+        raise ConfigError(
+            f"base_model.source: the model could not be saved, its generation_config.json is invalid: {error}"
+        ) from None
+    return model.requires_grad_(True)
 
 
 def new_adapter(base: Base, lora: LoraConfig, seed: int) -> Any:
@@ -227,33 +271,3 @@ def _ready(model: Any) -> Any:
     for settings in model.peft_config.values():
         settings.base_model_name_or_path = None
     return model
-
-
-def save_adapter(model: Any, tokenizer: chat.Tokenizer, folder: Path, config: BaseModelConfig) -> None:
-    """Write the adapter, its tokenizer and chat template to ``folder``; equal weights give equal bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, selected_adapters=["default"])
-    (folder / "README.md").unlink(missing_ok=True)
-    tokenizer.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = config.source
-    settings["revision"] = config.revision
-    # A set in peft: its order follows PYTHONHASHSEED.
-    settings["target_modules"] = sorted(settings["target_modules"])
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def adapter_problem(folder: Path) -> str | None:
-    """Return what is wrong with a saved adapter's weights (missing, non-finite, absurdly large), or None."""
-    from safetensors.torch import load_file
-
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        return f"{ADAPTER_WEIGHTS} is missing"
-    for name, weight in load_file(path).items():
-        if not torch.isfinite(weight).all():
-            return f"{name} has values that are not finite"
-        if weight.abs().max() > 1e4:
-            return f"{name} reaches {weight.abs().max():.3g}, far beyond any healthy adapter weight"
-    return None

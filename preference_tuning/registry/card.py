@@ -16,14 +16,19 @@ def render(
     records: dict[str, TrainingRecord],
     manifest: Manifest,
     name: str,
+    adapter: bool,
 ) -> str:
-    """Return the card as Markdown."""
+    """Return the card as Markdown; ``adapter`` tells an adapter from a full model."""
     metadata = {
         "base_model": base_model.source,
-        "library_name": "peft",
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "preference-tuning", *records],
+        "tags": [*(["lora"] if adapter else []), "preference-tuning", *records],
     }
+    what = (
+        f"A LoRA adapter for `{base_model.source}`" if adapter else f"`{base_model.source}` with every weight trained"
+    )
     stages = " then ".join(stage.upper() for stage in records)
     return "\n".join(
         [
@@ -32,10 +37,12 @@ def render(
             "---",
             f"# {name}",
             "",
-            f"A LoRA adapter for `{base_model.source}`, tuned by {stages} on {manifest.train} preference pairs of "
+            f"{what}, tuned by {stages} on {manifest.train} preference pairs of "
             f"`{manifest.source}` and measured on {evaluation.pairs} held-out pairs.",
             "",
             f"Verdict: **{verdict.decision}** ({verdict.reason}).",
+            "",
+            *_usage(base_model, adapter),
             "",
             *_figures(evaluation),
             "",
@@ -43,6 +50,22 @@ def render(
             "",
         ]
     )
+
+
+def _usage(base_model: BaseModelConfig, adapter: bool) -> list[str]:
+    """Return how the folder that the card lies in is loaded."""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if adapter:
+        at = f", revision={base_model.revision!r}" if base_model.revision else ""
+        lines = ["from peft import PeftModel", *lines]
+        lines += [
+            f"base = AutoModelForCausalLM.from_pretrained({base_model.source!r}{at})",
+            "model = PeftModel.from_pretrained(base, FOLDER)",
+        ]
+    else:
+        lines.append('model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")  # fp32, as trained')
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(FOLDER)  # with the chat template of the training")
+    return ["`FOLDER` is the folder of this card.", "", "```python", *lines, "```"]
 
 
 def _figures(evaluation: Evaluation) -> list[str]:
@@ -63,7 +86,7 @@ def _provenance(records: dict[str, TrainingRecord], manifest: Manifest, evaluati
     ]
     for stage, record in records.items():
         lines.append(
-            f"- {stage}: {record.steps} steps, {record.dtype} on {record.device}, adapter `{record.adapter_hash}`"
+            f"- {stage}: {record.steps} steps, {record.dtype} on {record.device}, weights `{record.adapter_hash}`"
         )
         if record.reference:
             lines.append(

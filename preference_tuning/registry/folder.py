@@ -1,7 +1,7 @@
 """The folder registry: content-addressed versions, complete or absent, and the champion as a pointer file.
 
     <folder>/registry.json                              marks the folder as ours
-    <folder>/<name>/versions/<id>/model/                adapter, tokenizer, chat template, model card
+    <folder>/<name>/versions/<id>/model/                adapter or full model, tokenizer, chat template, model card
     <folder>/<name>/versions/<id>/evidence/             reports, records, metrics, scores, the data's manifest
     <folder>/<name>/versions/<id>/manifest.json         hashes of every file, figures, verdict, provenance
     <folder>/<name>/champion.json  previous.json        pointers, replaced in one step
@@ -111,7 +111,7 @@ class FolderRegistry:
         """Store a result as a version and return it; the version that already holds this model, if one does.
 
         Args:
-            model: folder of the adapter, its tokenizer and template.
+            model: folder of the adapter or full model, its tokenizer and template.
             evidence: folders to keep beside it, by name.
             card: the model card.
             facts: the other fields of ``Version``.

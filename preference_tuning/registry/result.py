@@ -15,6 +15,7 @@ from preference_tuning.evaluation import gate, statistics
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.gate import Rule, Verdict
 from preference_tuning.evaluation.job import BASE, Evaluation
+from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card
 from preference_tuning.registry.folder import FolderRegistry, Version
@@ -34,6 +35,7 @@ class Result(BaseModel):
     source: ModelSource
     dataset: Dataset
     adapter: Path
+    """The folder of the last stage's weights: an adapter or a full model."""
     training: dict[str, Path]
     """The evidence folder of each stage."""
     evaluation: Path
@@ -88,10 +90,13 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
     candidate = fingerprint.of_value(fingerprint.manifest(result.adapter))[:16]
     if reigning and reigning.version != candidate:
         verdict = _against_champion(result, registry, reigning.version, verdict, rules)
+    adapter = weights.is_adapter(result.adapter)
     version = registry.publish(
         result.adapter,
         {**result.training, "evaluation": result.evaluation, "data": _manifest_only(result)},
-        card.render(result.base_model, evaluation, verdict, result.records(), result.dataset.manifest, config.name),
+        card.render(
+            result.base_model, evaluation, verdict, result.records(), result.dataset.manifest, config.name, adapter
+        ),
         _facts(result, evaluation, verdict),
     )
     if verdict.decision == "promote":
@@ -122,12 +127,12 @@ def track(result: Result, registered: Registered) -> None:
 
 
 def _check_evidence(result: Result, evaluation: Evaluation) -> None:
-    """Refuse evidence that belongs to other data, another base model or another adapter."""
+    """Refuse evidence that belongs to other data, another base model or other weights."""
     last = result.records()[result.finetuning_type]
     expected = {
         "the evaluation's data": (evaluation.data_fingerprint, result.dataset.manifest.split_fingerprint),
         "the evaluation's base model": (evaluation.base_model_fingerprint, result.source.fingerprint),
-        "the training's adapter": (last.adapter_hash, fingerprint.of_directory(result.adapter)),
+        "the training's result": (last.adapter_hash, fingerprint.of_directory(result.adapter)),
     }
     wrong = [what for what, (found, wanted) in expected.items() if found != wanted]
     if wrong:
@@ -174,12 +179,12 @@ def _common_scores(
     return scores
 
 
-def _score_anew(result: Result, adapter: Path, rules: EvaluationConfig) -> dict[str, statistics.Array]:
+def _score_anew(result: Result, model: Path, rules: EvaluationConfig) -> dict[str, statistics.Array]:
     job = evaluation_job.from_artifacts(
         result.base_model,
         result.source,
         result.dataset,
-        {CHAMPION: adapter},
+        {CHAMPION: model},
         rules.model_copy(update={"samples": 0}),
         result.output_dir,
         result.comet.model_copy(update={"config": result.comet.config.model_copy(update={"mode": "off"})}),

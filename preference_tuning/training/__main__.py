@@ -38,14 +38,17 @@ class _Training:
         self.evidence = folder / jobs_of_training.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
-        self.base = loading.load_base(job.base_model, job.source, job.output_dir)
+        if job.adapter is not None and fingerprint.of_directory(job.adapter) != job.adapter_hash:
+            raise DivergedError(f"the SFT result in {job.adapter} changed since SFT wrote it; start the run anew")
+        full = job.stage == "sft" and job.lora is None
+        self.base = loading.load_base(job.base_model, job.source, job.output_dir, full=full, tuned=job.adapter)
         self.engine, self.engine_reason = "", ""
         self.reference: ReferenceProof | None = None
 
     def run(self) -> TrainingRecord:
         from transformers import PrinterCallback
 
-        from preference_tuning.models import loading
+        from preference_tuning.models import weights
         from preference_tuning.training import callbacks, checkpoints
 
         job = self.job
@@ -81,10 +84,10 @@ class _Training:
             )
 
         adapter = self.folder / jobs_of_training.ADAPTER
-        loading.save_adapter(trainer.model, self.base.tokenizer, adapter, job.base_model)
-        if problem := loading.adapter_problem(adapter):
+        weights.save(trainer.model, self.base.tokenizer, adapter, job.base_model)
+        if problem := weights.problem(adapter):
             shutil.rmtree(adapter)
-            raise DivergedError(f"{job.stage.upper()} made an adapter that is not healthy: {problem}; it is not kept")
+            raise DivergedError(f"{job.stage.upper()} made weights that are not healthy: {problem}; nothing is kept")
         record = self._record(trainer, train, held_out, adapter, clock.seconds, [resumed_at] if resumed_at else [])
         self._write_evidence(record)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -94,13 +97,8 @@ class _Training:
         from preference_tuning.models import loading
 
         if self.job.stage == "sft":
-            assert self.job.lora is not None
-            return loading.new_adapter(self.base, self.job.lora, self.job.settings.seed)
-        assert self.job.adapter is not None
-        found = fingerprint.of_directory(self.job.adapter)
-        if found != self.job.adapter_hash:
-            raise DivergedError(f"the SFT adapter in {self.job.adapter} changed since SFT wrote it; start the run anew")
-        return loading.load_adapter(self.base, self.job.adapter, trainable=True)
+            return loading.new_policy(self.base, self.job.lora, self.job.settings.seed)
+        return loading.load_policy(self.base, trainable=True)
 
     def _rows(self, split: str, answers: int) -> Any:
         from preference_tuning.models import rows

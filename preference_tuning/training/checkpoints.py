@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 from preference_tuning import fingerprint, jobs
+from preference_tuning.models import weights
 
 SEAL = "MANIFEST.json"
-NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+NEEDED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+"""Beside the weights, whose files depend on whether they are an adapter's or a full model's."""
 
 
 def seal(checkpoint: Path) -> None:
@@ -20,11 +22,11 @@ def problem(checkpoint: Path) -> str | None:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "it was not finished (no readable manifest)"
-    if missing := [name for name in NEEDED if name not in sealed]:
-        return f"it has no {', no '.join(missing)}"
     found = fingerprint.manifest(checkpoint, skip=[SEAL])
-    changed = sorted(name for name in sealed if found.get(name) != sealed[name])
-    return f"changed since it was written: {', '.join(changed)}" if changed else None
+    if changed := sorted(name for name in sealed if found.get(name) != sealed[name]):
+        return f"changed since it was written: {', '.join(changed)}"
+    missing = [name for name in (*weights.files(checkpoint), *NEEDED) if name not in sealed]
+    return f"it has no {', no '.join(missing)}" if missing else None
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:

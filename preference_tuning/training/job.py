@@ -24,7 +24,7 @@ class TrainingJob(BaseModel):
     base_model: BaseModelConfig
     source: ModelSource
     lora: LoraConfig | None = None
-    """The fresh adapter of SFT; DPO continues the one it is given."""
+    """The fresh adapter of SFT; None trains every weight. DPO continues what it is given."""
     sft: SFTConfig | None = None
     dpo: DPOConfig | None = None
     data: Path
@@ -35,6 +35,7 @@ class TrainingJob(BaseModel):
     max_prompt_length: int | None
     keep_end: bool
     adapter: Path | None = None
+    """Of DPO: the folder that SFT left, an adapter or a full model."""
     adapter_hash: str | None = None
     output_dir: Path
     comet: CometRun
@@ -123,7 +124,10 @@ class TrainingRecord(BaseModel):
 
 
 class Trained(BaseModel):
-    """A finished stage: its record, and the folders of the adapter and of the record, metrics and report."""
+    """A finished stage: its record, and the folders of its weights and of the record, metrics and report.
+
+    ``adapter`` holds the LoRA adapter, or the full model where every weight is trained.
+    """
 
     record: TrainingRecord
     adapter: Path
@@ -133,7 +137,7 @@ class Trained(BaseModel):
 def train(job: TrainingJob, again: bool = False) -> Trained:
     """Run a training job to its end, continuing an unfinished one, and return what it made.
 
-    A finished job is not done twice unless ``again``, or unless its adapter is no longer what it wrote.
+    A finished job is not done twice unless ``again``, or unless its weights are no longer what it wrote.
 
     Raises:
         DivergedError: a loss, gradient, weight or the reference check is outside what is healthy.

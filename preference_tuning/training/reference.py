@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Nats by which a summed log-probability may differ between two batches that hold the same pair.
 
 In 16 bits a product may depend on the shape of its batch; over an answer of a hundred tokens that adds up to tenths
-of a nat. A wrong reference (base model, other adapter, other template) is off by tens.
+of a nat. A wrong reference (base model, other weights, other template) is off by tens.
 """
 
 CHECKED_BATCHES = 1
@@ -108,6 +108,6 @@ def check(
             f"the DPO reference is not the SFT policy: before the first update the loss is {loss:.6f}"
             + (f" instead of {expected:.6f}" if expected is not None else "")
             + f" and log-probabilities differ by up to {difference:.4g} nats (allowed: {tolerance:.4g}). "
-            "The adapter, the data or the chat template changed between SFT and DPO; start the run anew"
+            "The weights, the data or the chat template changed between SFT and DPO; start the run anew"
         )
     return expected

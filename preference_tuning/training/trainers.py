@@ -7,6 +7,7 @@ kernel), and that branch calls the method overridden here, so that every loss ty
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,7 +18,7 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from preference_tuning.config import StageConfig
-from preference_tuning.models import scoring
+from preference_tuning.models import scoring, weights
 from preference_tuning.models.chat import PairTokens
 
 SORTED_BATCHES = 8
@@ -78,6 +79,12 @@ class _ByLength:
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LengthBatches:
         rows = self.train_dataset if train_dataset is None else train_dataset
         return LengthBatches(list(rows["length"]), self.args.train_batch_size, self.args.seed)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if weights.is_adapter(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        else:
+            weights.restore(self.model, Path(resume_from_checkpoint))
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -159,11 +166,11 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
     ) -> None:
         """Take TRL's arguments, the precision of the matrix products, the padding token and the engine."""
         collator = _PairCollator(pad_id) if shared_prompt else DataCollatorForPreference(pad_token_id=pad_id)
-        super().__init__(*args, data_collator=collator, eval_dataset=eval_dataset, **kwargs)
-        # TRL copies the adapter into a second one to be the reference. Ours are numbers in the rows; and with a second
-        # adapter in the checkpoint transformers 5.17 resumes from the wrong weights without a word.
-        if "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")
+        # Without a reference model TRL makes one: a second adapter, with which transformers 5.17 resumes from the wrong
+        # weights without a word, or for a full model the base model's files once more. Ours are numbers in the rows.
+        stand_in = torch.nn.Identity()
+        super().__init__(*args, ref_model=stand_in, data_collator=collator, eval_dataset=eval_dataset, **kwargs)
+        self.ref_model = None
         self.precompute_ref_logps = True
         self.use_liger_kernel = shared_prompt
         if shared_prompt:
