@@ -27,14 +27,15 @@ def main(folder: Path, job: EvaluationJob) -> Evaluation:
 
 class _Evaluating:
     def __init__(self, folder: Path, job: EvaluationJob, comet: Comet) -> None:
-        from preference_tuning.models import loading
+        from preference_tuning.models import compute, loading
 
         self.job, self.comet = job, comet
         self.start = time.monotonic()
         self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
-        self.base: Any = loading.load_base(job.base_model, job.source, job.output_dir)
+        chosen = compute.choose(job.base_model, job.output_dir)
+        self.base: Any = loading.load_base(job.base_model, job.source, job.output_dir, chosen)
         self.model = loading.load_adapters(self.base, job.adapters)
 
     def run(self) -> Evaluation:

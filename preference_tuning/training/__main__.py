@@ -32,13 +32,14 @@ class _Training:
     """One stage: load, tokenise, build the trainer, resume, train, save."""
 
     def __init__(self, folder: Path, job: TrainingJob, comet: Comet) -> None:
-        from preference_tuning.models import loading
+        from preference_tuning.models import compute, loading
 
         self.folder, self.job, self.comet = folder, job, comet
         self.evidence = folder / jobs_of_training.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
-        self.base = loading.load_base(job.base_model, job.source, job.output_dir)
+        chosen = compute.of_job(job.base_model, job.output_dir, folder)
+        self.base = loading.load_base(job.base_model, job.source, job.output_dir, chosen)
         self.engine, self.engine_reason = "answer_only", "SFT applies the head to answer tokens only"
         self.reference: ReferenceProof | None = None
 
@@ -91,6 +92,14 @@ class _Training:
         return record
 
     def _model(self) -> Any:
+        from preference_tuning.models import kernels
+
+        model = self._with_adapter()
+        if self.job.settings.torch_compile:
+            kernels.compile_decoder(model)
+        return model
+
+    def _with_adapter(self) -> Any:
         from preference_tuning.models import loading
 
         if self.job.stage == "sft":
@@ -221,8 +230,7 @@ class _Training:
             train_loss=sum(last) / len(last),
             metrics={k.removeprefix(prefix): v for k, v in evaluations[-1].items()} if evaluations else {},
             trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-            device=str(self.base.device),
-            dtype=str(self.base.dtype).removeprefix("torch."),
+            compute=self.base.compute,
             engine=self.engine,
             engine_reason=self.engine_reason,
             backend=job.base_model.backend,
