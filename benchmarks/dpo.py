@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from preference_tuning import config  # noqa: E402
 from preference_tuning.data import job as data_job  # noqa: E402
 from preference_tuning.data import prepare  # noqa: E402
-from preference_tuning.models import chat, loading, rows  # noqa: E402
+from preference_tuning.models import chat, compute, loading, rows  # noqa: E402
 from preference_tuning.models.source import locate  # noqa: E402
 from preference_tuning.training import arguments, trainers  # noqa: E402
 
@@ -32,7 +32,8 @@ def build(folder: Path) -> tuple[Any, dict[str, Any]]:
     run = config.load(ROOT / "configs" / "quickstart.yaml").config
     data = run.data.model_copy(update={"source": str(ROOT / run.data.source)})
     dataset = prepare.prepare(data, data_job.fingerprints_of(data), folder / "data")
-    base = loading.load_base(run.base_model, locate(run.base_model), ROOT / "outputs")
+    chosen = compute.choose(run.base_model, ROOT / "outputs")
+    base = loading.load_base(run.base_model, locate(run.base_model), ROOT / "outputs", chosen)
     room = chat.Room(run.dpo.length(run.base_model))
     tokens = rows.tokenise(dataset.path("train"), base.tokenizer, room, folder, answers=2).rows
     nothing = [0.0] * len(tokens)

@@ -6,6 +6,7 @@ from pathlib import Path
 from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
 from preference_tuning.errors import ConfigError, PreferenceTuningError
+from preference_tuning.models.compute import check_packages
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
@@ -40,6 +41,7 @@ def check(config: RunConfig) -> str:
 
 
 def _model(config: RunConfig) -> str:
+    check_packages(config.base_model)
     source = locate(config.base_model)
     told = [f"{source.kind} {source.location} ({source.fingerprint[:16]})"]
     if config.lora is None:

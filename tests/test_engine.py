@@ -167,16 +167,16 @@ def test_sft_from_conversations_to_gradients(tmp_path: Path, tokenizer: Any, fam
         assert our_metrics[name] == pytest.approx(metrics[name]), name
 
 
-def test_bfloat16_is_closer_to_the_truth_than_stock(tiny_model: Path, tokenizer: Any) -> None:
+def test_bfloat16_is_closer_to_the_truth_than_stock(tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
     """Log-probabilities of both sides under the same autocast, against one side's fp32: the residual stream stays fp32."""
     from transformers import AutoModelForCausalLM
 
     from preference_tuning.config import BaseModelConfig
-    from preference_tuning.models import loading
+    from preference_tuning.models import compute, loading
     from preference_tuning.models.source import locate
 
     config = BaseModelConfig(source=str(tiny_model), dtype="bfloat16")
-    base = loading.load_base(config, locate(config), tiny_model)
+    base = loading.load_base(config, locate(config), tmp_path, compute.choose(config, tmp_path))
     conversations = [chat.Conversation(c["prompt"], [c["chosen"], c["rejected"]]) for c in CONVERSATIONS]
     pairs = [
         chat.PairTokens(prompt_ids=e.prompt_ids, chosen_ids=e.answer_ids[0], rejected_ids=e.answer_ids[1])

@@ -16,7 +16,7 @@ from preference_tuning.config import BaseModelConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError
 from preference_tuning.evaluation import job as evaluation_job
-from preference_tuning.models import chat, loading, weights
+from preference_tuning.models import chat, compute, loading, weights
 from preference_tuning.models.rows import tokenise
 from preference_tuning.models.source import locate
 from preference_tuning.registry.folder import Version
@@ -197,7 +197,7 @@ def test_a_killed_full_job_goes_on_to_the_same_weights(project: Project, version
 
 def test_weights_that_are_quantised_do_not_train(tmp_path: Path, tiny_model: Path) -> None:
     settings = BaseModelConfig(source=str(tiny_model), dtype="float32")
-    base = loading.load_base(settings, locate(settings), tmp_path, full=True)
+    base = loading.load_base(settings, locate(settings), tmp_path, compute.choose(settings, tmp_path), full=True)
     base.model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ConfigError, match="quantised"):
         loading.new_policy(base, None, seed=0)

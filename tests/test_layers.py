@@ -15,6 +15,7 @@ OWNERS = {
     "huggingface_hub": {"hub.py"},
     "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),
+    "liger_kernel": {"models/kernels.py"},
     "unsloth": {"models/loading.py"},
     "trl": {"training/arguments.py", "training/trainers.py"},
 }

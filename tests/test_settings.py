@@ -26,13 +26,18 @@ PROVED_BY = {
     "base_model.backend": "test_settings_world.py::test_unsloth_is_loaded_with_the_settings",
     "base_model.device": "test_settings_world.py::test_device",
     "base_model.dtype": "test_settings_world.py::test_dtype",
+    "base_model.attention": "test_compute.py::test_the_model_runs_as_chosen",
+    "base_model.threads": "test_compute.py::test_the_model_runs_as_chosen",
     "base_model.load_in_4bit": "test_settings_world.py::test_four_bits",
     "base_model.max_seq_length": "test_settings.py::test_rows_are_cut_to_their_stages_length",
     "base_model.chat_template": "test_settings_world.py::test_the_chat_template_makes_the_tokens",
+    "lora": "test_full.py::test_a_full_run_trains_every_weight_from_the_sft_policy",
     "lora.rank": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.alpha": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.dropout": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.target_modules": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
+    "sft.torch_compile": "test_compute.py::test_the_decoder_is_compiled_in_place",
+    "dpo.torch_compile": "test_compute.py::test_the_decoder_is_compiled_in_place",
     "sft.seed": "test_settings.py::test_the_seed_gives_the_order_and_the_adapter",
     "dpo.seed": "test_settings.py::test_the_seed_gives_the_order_and_the_adapter",
     "dpo.beta": "test_losses.py::test_a_loss_by_hand",
@@ -164,12 +169,14 @@ def test_the_reference_is_checked_against_the_weighted_loss(runs: Runs) -> None:
 def test_the_seed_gives_the_order_and_the_adapter(workplace: Workplace, runs: Runs) -> None:
     import torch
 
-    from preference_tuning.models import loading, rows
+    from preference_tuning.models import compute, loading, rows
     from preference_tuning.training import arguments, trainers
 
     def first(stage: str, seed: int) -> tuple[list[int], list[float]]:
         run = workplace.config(**{stage: {"seed": seed}})
-        base = loading.load_base(run.base_model, locate(run.base_model), workplace.folder)
+        base = loading.load_base(
+            run.base_model, locate(run.base_model), workplace.folder, compute.choose(run.base_model, workplace.folder)
+        )
         work = workplace.job(run, stage, runs["sft"][0].adapter)
         tokens = rows.tokenise(workplace.dataset.path("train"), base.tokenizer, work.room, workplace.folder / "t", 2)
         model = loading.new_adapter(base, run.lora, getattr(run, stage).seed)

@@ -19,7 +19,7 @@ from preference_tuning.errors import ConfigError
 from preference_tuning.evaluation import gate, statistics
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.statistics import Figure
-from preference_tuning.models import chat, loading, scoring
+from preference_tuning.models import chat, compute, loading, scoring
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry import result
 from preference_tuning.registry.folder import FolderRegistry
@@ -37,7 +37,7 @@ def configured(folder: Path, model: Path | str, **changes: Any) -> RunConfig:
 
 
 def loaded(run: RunConfig, folder: Path) -> loading.Base:
-    return loading.load_base(run.base_model, locate(run.base_model), folder)
+    return loading.load_base(run.base_model, locate(run.base_model), folder, compute.choose(run.base_model, folder))
 
 
 @pytest.fixture
@@ -81,7 +81,10 @@ def test_device(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"base_model\.device: cuda is asked for, and torch sees no CUDA device"):
         loaded(configured(tmp_path, tiny_model, base_model={"device": "cuda"}), tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    picked = {name: loading.pick_device(name).type for name in ("auto", "cpu", "cuda")}
+    picked = {
+        name: compute._device(configured(tmp_path, tiny_model, base_model={"device": name}).base_model)
+        for name in ("auto", "cpu", "cuda")
+    }
     assert picked == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda"}
     base = loaded(configured(tmp_path, tiny_model, base_model={"device": "cpu", "dtype": "float32"}), tmp_path)
     assert {p.device.type for p in base.model.parameters()} == {"cpu"}
@@ -96,8 +99,7 @@ def test_dtype(tmp_path: Path, tiny_model: Path) -> None:
         assert {p.dtype for p in base.model.parameters()} == {dtype}
         assert arguments.sft(run.sft, base, tmp_path).bf16 == (name == "bfloat16")
     with pytest.raises(ConfigError, match="float16 does not train on a CPU"):
-        loading.pick_dtype("float16", torch.device("cpu"))
-    assert loading.pick_dtype("float16", torch.device("cuda")) == torch.float16
+        loaded(configured(tmp_path, tiny_model, base_model={"dtype": "float16"}), tmp_path)
 
 
 def test_unsloth_is_loaded_with_the_settings(

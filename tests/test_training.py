@@ -73,6 +73,9 @@ def test_the_record_tells_what_was_done(run: tuple[RunConfig, Dataset], sft: Tra
         assert record.seconds > 0
         assert record.tokens > 0
         assert record.dropped_rows == record.cut_rows == 0
+    for trained in (sft, dpo):
+        kept = json.loads((trained.adapter.parent / "compute.json").read_text(encoding="utf-8"))["job"]["compute"]
+        assert kept == trained.record.compute.model_dump(mode="json"), "a resumed job goes on with this"
     assert sft.record.adapter_hash != dpo.record.adapter_hash
     assert dpo.record.identity["adapter_hash"] == sft.record.adapter_hash
     assert dpo.record.metrics["rewards/accuracies"] > 0.8

@@ -32,7 +32,11 @@ class BaseModelConfig(Section):
     """unsloth needs CUDA and the gpu extra; asked for where it cannot run, it is an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: bfloat16 where the hardware has it; else float16 on CUDA and float32 on a CPU."""
+    """auto: on CUDA bfloat16 where the GPU has it, else float16; on a CPU float32, or bfloat16 where it is faster."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto: sdpa on CUDA and in float32; in bfloat16 on a CPU the faster of sdpa and eager."""
+    threads: int | None = Field(None, ge=1, le=4096)
+    """CPU threads of one operation. None: OMP_NUM_THREADS, else torch's default or all usable CPUs, as measured."""
     load_in_4bit: bool = False
     """Quantise the frozen weights to 4 bits with bitsandbytes (QLoRA); CUDA only."""
     max_seq_length: int = Field(2048, ge=16, le=1_048_576)
@@ -85,6 +89,9 @@ class StageConfig(Section):
     save_steps: Share = 0.2
     """Write a checkpoint each time this share of the optimizer steps is done."""
     gradient_checkpointing: bool = False
+    """Keep no activations inside of layers and compute them again in backward: less memory, about a third more time."""
+    torch_compile: bool = False
+    """Compile the model (torch.compile): minutes at the start; for long runs on CUDA."""
     seed: int = Field(42, ge=0)
 
     @field_validator("warmup_steps")
@@ -230,6 +237,12 @@ def _model_contradictions(model: BaseModelConfig) -> Iterator[tuple[tuple[str, .
         yield ("base_model", "load_in_4bit"), "4-bit training needs CUDA, and device is cpu"
     if model.device == "cpu" and model.dtype == "float16":
         yield ("base_model", "dtype"), "float16 does not train on a CPU; use auto, bfloat16 or float32"
+    if model.attention == "flash_attention_2" and model.device == "cpu":
+        yield ("base_model", "attention"), "flash_attention_2 runs on CUDA only, and device is cpu"
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield ("base_model", "attention"), "flash_attention_2 has no float32; use dtype auto, bfloat16 or float16"
+    if model.attention != "auto" and model.backend == "unsloth":
+        yield ("base_model", "attention"), "unsloth brings its own attention; use auto"
 
 
 def _stage_contradictions(name: str, stage: StageConfig) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -26,7 +26,7 @@ def main(folder: Path, job: EvaluationJob) -> Evaluation:
 
 class _Evaluating:
     def __init__(self, folder: Path, job: EvaluationJob, comet: Comet) -> None:
-        from preference_tuning.models import loading
+        from preference_tuning.models import compute, loading
         from preference_tuning.models.family import Family
 
         self.job, self.comet = job, comet
@@ -34,7 +34,8 @@ class _Evaluating:
         self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
-        self.family = Family(job.base_model, job.source, job.output_dir, job.adapters)
+        chosen = compute.choose(job.base_model, job.output_dir)
+        self.family = Family(job.base_model, job.source, job.output_dir, chosen, job.adapters)
         self.base = self.family.base
 
     def run(self) -> Evaluation:

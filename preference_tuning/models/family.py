@@ -10,22 +10,31 @@ from torch import nn
 
 from preference_tuning.config import BaseModelConfig
 from preference_tuning.models import loading, weights
+from preference_tuning.models.compute import Compute
 from preference_tuning.models.source import ModelSource
 
 
 class Family:
     """Models to be read from. There is never more than one set of full weights in memory."""
 
-    def __init__(self, config: BaseModelConfig, source: ModelSource, output_dir: Path, tuned: dict[str, Path]) -> None:
+    def __init__(
+        self,
+        config: BaseModelConfig,
+        source: ModelSource,
+        output_dir: Path,
+        compute: Compute,
+        tuned: dict[str, Path],
+    ) -> None:
         """Load the base model, and the adapters on it if all that is in ``tuned`` are adapters.
 
         Args:
             config: the section of the run config.
             source: where the base model lies.
             output_dir: where conversions are kept.
+            compute: what the models run on.
             tuned: the folder of each tuned model, by name.
         """
-        self._where = config, source, output_dir
+        self._where = config, source, output_dir, compute
         self._tuned = tuned
         self._share = all(map(weights.is_adapter, tuned.values()))
         self._loaded: str | None = None

@@ -12,7 +12,8 @@ from torch import nn
 from preference_tuning import hub
 from preference_tuning.config import BaseModelConfig, LoraConfig
 from preference_tuning.errors import ConfigError
-from preference_tuning.models import chat, fused, gguf, weights
+from preference_tuning.models import chat, fused, gguf, kernels, weights
+from preference_tuning.models.compute import Compute
 from preference_tuning.models.source import ModelSource
 from preference_tuning.models.tokenizer import load_tokenizer
 
@@ -23,12 +24,21 @@ class Base:
 
     model: nn.Module
     tokenizer: chat.Tokenizer
-    device: torch.device
-    dtype: torch.dtype
-    """Precision of the matrix products; trained weights and sums stay in fp32."""
+    compute: Compute
     config: BaseModelConfig
     tuned: Path | None
     """The folder of the policy that goes on it, or of the full model that was loaded in its place."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return torch.device(self.compute.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the matrix products; trained weights and sums stay in fp32."""
+        named: torch.dtype = getattr(torch, self.compute.dtype)
+        return named
 
 
 def activate_backend(config: BaseModelConfig) -> None:
@@ -48,34 +58,6 @@ def activate_backend(config: BaseModelConfig) -> None:
         raise ConfigError(f"base_model.backend: unsloth cannot be imported ({error}); pip install '.[gpu]'") from None
 
 
-def pick_device(wanted: str) -> torch.device:
-    """Return the device for ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: cuda is asked for and not there.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("base_model.device: cuda is asked for, and torch sees no CUDA device")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the precision for ``auto`` or a named one: bfloat16 where the hardware has instructions for it.
-
-    Raises:
-        ConfigError: float16 is asked for on a CPU.
-    """
-    if wanted == "float16" and device.type == "cpu":
-        raise ConfigError("base_model.dtype: float16 does not train on a CPU; use auto, bfloat16 or float32")
-    if wanted != "auto":
-        named: torch.dtype = getattr(torch, wanted)
-        return named
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    abilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
-
-
 def model_folder(source: ModelSource, output_dir: Path) -> Path:
     """Return a local directory with the model's files: as they lie, downloaded, or converted from GGUF."""
     if source.kind == "hub":
@@ -86,50 +68,52 @@ def model_folder(source: ModelSource, output_dir: Path) -> Path:
 
 
 def load_base(
-    config: BaseModelConfig, source: ModelSource, output_dir: Path, full: bool = False, tuned: Path | None = None
+    config: BaseModelConfig,
+    source: ModelSource,
+    output_dir: Path,
+    compute: Compute,
+    full: bool = False,
+    tuned: Path | None = None,
 ) -> Base:
-    """Load the frozen base model in its working precision.
+    """Load the frozen base model in its working precision, and give this process its number of threads.
 
     Args:
         config: the section of the run config.
         source: where the model lies.
         output_dir: where conversions are kept.
+        compute: what it runs on.
         full: keep the weights in fp32, for training all of them and for comparison with models trained so.
         tuned: the folder of a policy; a full model there is loaded in place of the base model, also in fp32.
 
     Raises:
-        ConfigError: the device, the backend or the model's files do not allow it.
+        ConfigError: the backend or the model's files do not allow it.
     """
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    torch.set_num_threads(compute.threads)
     replaced = tuned is not None and not weights.is_adapter(tuned)
     folder = tuned if tuned is not None and replaced else model_folder(source, output_dir)
-    kept_in = torch.float32 if full or replaced else dtype
+    kept_in = torch.float32 if full or replaced else getattr(torch, compute.dtype)
     model: nn.Module
     if config.backend == "unsloth":
-        model = _load_with_unsloth(config, folder, dtype)
+        model = _load_with_unsloth(config, folder, compute)
     else:
-        model = _load_with_transformers(config, folder, device, dtype, kept_in)
+        model = _load_with_transformers(config, folder, compute, kept_in)
+    if compute.kernels == "liger" and not kernels.apply_liger(model):
+        compute = compute.model_copy(update={"kernels": "torch"})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if dtype == torch.bfloat16:
+    if compute.dtype == "bfloat16":
         _keep_residual_in_fp32(model)
-    return Base(model, load_tokenizer(config, source, output_dir), device, dtype, config, tuned)
+    return Base(model, load_tokenizer(config, source, output_dir), compute, config, tuned)
 
 
-def _load_with_transformers(
-    config: BaseModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, kept_in: torch.dtype
-) -> nn.Module:
+def _load_with_transformers(config: BaseModelConfig, folder: Path, compute: Compute, kept_in: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # Measured on a CPU: in bfloat16 eager attention is 1.6 times as fast as SDPA at the lengths of short answers; in
-    # fp32 only SDPA gives the same gradients whatever the number of threads (eager's softmax does not).
-    eager = device.type == "cpu" and dtype != torch.float32
-    extra: dict[str, Any] = {"attn_implementation": "eager" if eager else "sdpa"}
+    extra: dict[str, Any] = {"attn_implementation": compute.attention}
     if config.load_in_4bit:
-        if device.type != "cuda":
+        if compute.device != "cuda":
             raise ConfigError("base_model.load_in_4bit: 4-bit training needs CUDA, and this machine has none")
         if find_spec("bitsandbytes") is None:
             raise ConfigError("base_model.load_in_4bit: needs bitsandbytes, which is missing: pip install '.[gpu]'")
@@ -137,24 +121,24 @@ def _load_with_transformers(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=getattr(torch, compute.dtype),
         )
-        extra["device_map"] = {"": device}
+        extra["device_map"] = {"": compute.device}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kept_in, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"base_model.source: cannot load {config.source}: {str(error).splitlines()[0]}") from None
-    loaded: nn.Module = model if config.load_in_4bit else model.to(device)
+    loaded: nn.Module = model if config.load_in_4bit else model.to(compute.device)
     return loaded
 
 
-def _load_with_unsloth(config: BaseModelConfig, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_with_unsloth(config: BaseModelConfig, folder: Path, compute: Compute) -> nn.Module:
     from unsloth import FastLanguageModel  # type: ignore[import-not-found]
 
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(folder),
         max_seq_length=config.max_seq_length,
-        dtype=dtype,
+        dtype=getattr(torch, compute.dtype),
         load_in_4bit=config.load_in_4bit,
     )
     loaded: nn.Module = model

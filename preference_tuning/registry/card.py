@@ -85,9 +85,8 @@ def _provenance(records: dict[str, TrainingRecord], manifest: Manifest, evaluati
         f"- chat template: `{evaluation.template_hash}`",
     ]
     for stage, record in records.items():
-        lines.append(
-            f"- {stage}: {record.steps} steps, {record.dtype} on {record.device}, weights `{record.adapter_hash}`"
-        )
+        ran_on = f"{record.compute.dtype} on {record.compute.device}"
+        lines.append(f"- {stage}: {record.steps} steps, {ran_on}, weights `{record.adapter_hash}`")
         if record.reference:
             lines.append(
                 f"- the DPO reference is the SFT policy: loss {record.reference.loss:.6f} before the first update, "

@@ -32,7 +32,7 @@ class _Training:
     """One stage: load, tokenise, build the trainer, resume, train, save."""
 
     def __init__(self, folder: Path, job: TrainingJob, comet: Comet) -> None:
-        from preference_tuning.models import loading
+        from preference_tuning.models import compute, loading
 
         self.folder, self.job, self.comet = folder, job, comet
         self.evidence = folder / jobs_of_training.EVIDENCE
@@ -40,8 +40,9 @@ class _Training:
         loading.activate_backend(job.base_model)
         if job.adapter is not None and fingerprint.of_directory(job.adapter) != job.adapter_hash:
             raise DivergedError(f"the SFT result in {job.adapter} changed since SFT wrote it; start the run anew")
+        chosen = compute.of_job(job.base_model, job.output_dir, folder)
         full = job.stage == "sft" and job.lora is None
-        self.base = loading.load_base(job.base_model, job.source, job.output_dir, full=full, tuned=job.adapter)
+        self.base = loading.load_base(job.base_model, job.source, job.output_dir, chosen, full=full, tuned=job.adapter)
         self.engine, self.engine_reason = "", ""
         self.reference: ReferenceProof | None = None
 
@@ -94,6 +95,14 @@ class _Training:
         return record
 
     def _model(self) -> Any:
+        from preference_tuning.models import kernels
+
+        model = self._with_adapter()
+        if self.job.settings.torch_compile:
+            kernels.compile_decoder(model)
+        return model
+
+    def _with_adapter(self) -> Any:
         from preference_tuning.models import loading
 
         if self.job.stage == "sft":
@@ -222,8 +231,7 @@ class _Training:
             train_loss=sum(last) / len(last),
             metrics={k.removeprefix(prefix): v for k, v in evaluations[-1].items()} if evaluations else {},
             trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-            device=str(self.base.device),
-            dtype=str(self.base.dtype).removeprefix("torch."),
+            compute=self.base.compute,
             engine=self.engine,
             engine_reason=self.engine_reason,
             backend=job.base_model.backend,

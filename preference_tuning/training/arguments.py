@@ -48,6 +48,8 @@ def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any
         "warmup_steps": int(warmup) if warmup >= 1 else warmup,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
+        # The other kind needs inputs that carry gradients; with frozen embeddings they do not.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": on_cpu,

@@ -9,6 +9,7 @@ from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.models.chat import Room
+from preference_tuning.models.compute import Compute
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
@@ -104,8 +105,7 @@ class TrainingRecord(BaseModel):
     metrics: dict[str, float]
     """The last evaluation on the held-out rows."""
     trainable_parameters: int
-    device: str
-    dtype: str
+    compute: Compute
     engine: str
     engine_reason: str
     backend: str
@@ -116,11 +116,14 @@ class TrainingRecord(BaseModel):
 
     def summary(self) -> dict[str, Any]:
         """Return what the dashboard shows of it: figures, settings, hashes, durations."""
-        facts = self.model_dump(mode="json", exclude={"identity", "metrics", "reference", "versions"})
+        facts = self.model_dump(mode="json", exclude={"identity", "metrics", "reference", "versions", "compute"})
+        compute = self.compute.model_dump(mode="json", exclude={"measured"})
+        compute = {f"compute/{name}": value for name, value in {**compute, **self.compute.measured}.items()}
         metrics = {f"held_out/{name}": value for name, value in self.metrics.items()}
         settings = {f"settings/{name}": str(value) for name, value in (self.identity.get(self.stage) or {}).items()}
         proof = {f"reference/{k}": v for k, v in self.reference.model_dump().items()} if self.reference else {}
-        return {name: value for name, value in {**facts, **metrics, **settings, **proof}.items() if value is not None}
+        everything = {**facts, **compute, **metrics, **settings, **proof}
+        return {name: value for name, value in everything.items() if value is not None}
 
 
 class Trained(BaseModel):

@@ -3,6 +3,7 @@
 import math
 
 from preference_tuning import reports
+from preference_tuning.models.compute import Compute
 from preference_tuning.tracking.spool import Point, series
 from preference_tuning.training.job import TrainingRecord
 
@@ -13,7 +14,7 @@ def render(record: TrainingRecord, points: list[Point]) -> str:
     if record.reference:
         parts.append(_reference(record))
     parts.append(_settings(record))
-    lead = f"{record.steps} steps · {record.device} {record.dtype} · job {record.job}"
+    lead = f"{record.steps} steps · {record.compute.device} {record.compute.dtype} · job {record.job}"
     return reports.page(f"{record.stage.upper()} training", lead, *parts)
 
 
@@ -71,7 +72,7 @@ def _reference(record: TrainingRecord) -> reports.Html:
                 ["loss", f"{proof.loss:.6f}"],
                 ["expected loss (ln 2)", expected],
                 ["largest difference of a log-probability", f"{proof.largest_difference:.3g} nats"],
-                ["allowed difference", f"{proof.tolerance:g} nats ({record.dtype})"],
+                ["allowed difference", f"{proof.tolerance:g} nats ({record.compute.dtype})"],
                 ["pairs checked", proof.pairs],
                 ["SFT weights", proof.sft_adapter_hash],
                 ["data", proof.data_fingerprint],
@@ -90,6 +91,7 @@ def _settings(record: TrainingRecord) -> reports.Html:
             [
                 *((name, value) for name, value in settings.items()),
                 ("engine", f"{record.engine} ({record.engine_reason})"),
+                *_compute(record.compute),
                 ("rows left out: no room for an answer", record.dropped_rows),
                 ("rows with an answer cut", record.cut_rows),
                 ("trainable parameters", f"{record.trainable_parameters:,}"),
@@ -98,3 +100,15 @@ def _settings(record: TrainingRecord) -> reports.Html:
             ],
         ),
     )
+
+
+def _compute(compute: Compute) -> list[tuple[str, object]]:
+    return [
+        ("device", compute.device),
+        ("dtype", compute.dtype),
+        ("attention", compute.attention),
+        ("threads", compute.threads),
+        ("kernels", compute.kernels),
+        ("measured", compute.speeds()),
+        ("why", compute.reason),
+    ]
