@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError
+from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read
 from preference_tuning.training import job as jobs_of_training
@@ -18,35 +19,45 @@ from preference_tuning.training.job import ReferenceProof, TrainingJob, Training
 VERSIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
-def main(folder: Path, job: TrainingJob) -> TrainingRecord:
-    """Train the stage in ``folder`` and return its record."""
+def main(folder: Path, job: TrainingJob) -> TrainingRecord | None:
+    """Train the stage in ``folder`` and return its record, in the first of its processes."""
+    from preference_tuning.models import loading
+    from preference_tuning.training import processes
+
     # Comet must start before anything seeds the global random state (see tracking.comet).
-    comet = Comet.start(job.comet, job.stage)
+    comet = Comet.start(job.comet, job.stage) if os.environ.get("RANK", "0") == "0" else Comet(None)
     try:
+        processes.join(job.processes, loading.pick_device(job.base_model.device))
         return _Training(folder, job, comet).run()
+    except RuntimeError as error:
+        if processes.lost_another(error):
+            message = "another process of the job ended without a word (out of memory?); the same command continues it"
+            raise PreferenceTuningError(message) from error
+        raise
     finally:
         comet.end()
 
 
 class _Training:
-    """One stage: load, tokenise, build the trainer, resume, train, save."""
+    """One stage: load, tokenise, build the trainer, resume, train, save. What is written, the first process writes."""
 
     def __init__(self, folder: Path, job: TrainingJob, comet: Comet) -> None:
         from preference_tuning.models import loading
+        from preference_tuning.training import processes
 
-        self.folder, self.job, self.comet = folder, job, comet
+        self.folder, self.job, self.comet, self.first = folder, job, comet, processes.rank() == 0
         self.evidence = folder / jobs_of_training.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         loading.activate_backend(job.base_model)
+        if job.processes > 1:
+            with processes.first_then_others():
+                loading.model_folder(job.source, job.output_dir)
         self.base = loading.load_base(job.base_model, job.source, job.output_dir)
         self.engine, self.engine_reason = "answer_only", "SFT applies the head to answer tokens only"
         self.reference: ReferenceProof | None = None
 
-    def run(self) -> TrainingRecord:
-        from transformers import PrinterCallback
-
-        from preference_tuning.models import loading
-        from preference_tuning.training import callbacks, checkpoints
+    def run(self) -> TrainingRecord | None:
+        from preference_tuning.training import checkpoints
 
         job = self.job
         model = self._model()
@@ -56,39 +67,64 @@ class _Training:
         trainer = self._trainer(model, train.rows, held_out.rows)
         checkpoint, rejected = checkpoints.newest_good(self.folder / "checkpoints")
         for line in rejected:
-            print(f"  warning: {line}; not resumed from", file=sys.stderr)
+            self._say(f"warning: {line}; not resumed from")
         resumed_at = checkpoints.step_of(checkpoint) if checkpoint else 0
         if checkpoint:
-            print(f"  {job.stage.upper()}: continues at step {resumed_at}", file=sys.stderr)
+            self._say(f"{job.stage.upper()}: continues at step {resumed_at}")
         elif rejected:
-            print("  warning: no checkpoint is intact; the stage starts over", file=sys.stderr)
+            self._say("warning: no checkpoint is intact; the stage starts over")
 
-        spool = Spool(self.evidence / jobs_of_training.METRICS, resume_at=resumed_at)
-        if checkpoint:
-            self.comet.replay(self.evidence / jobs_of_training.METRICS)
-        metrics = callbacks.Metrics(job.stage, spool, self.comet, job.settings.logging_steps)
-        clock, stop = callbacks.Clock.resumed(checkpoint), callbacks.Stop()
-        shares = callbacks.Shares(job.settings.eval_steps, job.settings.save_steps)
-        trainer.remove_callback(PrinterCallback)
-        for callback in (callbacks.Health(), metrics, callbacks.Progress(job.stage), clock, stop, shares):
-            trainer.add_callback(callback)
+        clock = self._watch(trainer, checkpoint, resumed_at)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        spool.close()
         if trainer.state.global_step < trainer.state.max_steps:
             raise InterruptedJobError(
                 f"{job.stage.upper()} was stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, "
                 "after a checkpoint; the same command continues it"
             )
 
-        adapter = self.folder / jobs_of_training.ADAPTER
-        loading.save_adapter(trainer.model, self.base.tokenizer, adapter, job.base_model)
-        if problem := loading.adapter_problem(adapter):
-            shutil.rmtree(adapter)
-            raise DivergedError(f"{job.stage.upper()} made an adapter that is not healthy: {problem}; it is not kept")
+        if not self.first:
+            return None
+        adapter = self._save(trainer)
         record = self._record(trainer, train, held_out, adapter, clock.seconds, [resumed_at] if resumed_at else [])
         self._write_evidence(record)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return record
+
+    def _say(self, text: str) -> None:
+        if self.first:
+            print(f"  {text}", file=sys.stderr)
+
+    def _watch(self, trainer: Any, checkpoint: Path | None, resumed_at: int) -> Any:
+        """Add the callbacks to the trainer and return its clock."""
+        from transformers import PrinterCallback
+
+        from preference_tuning.training import callbacks
+
+        job, path = self.job, self.evidence / jobs_of_training.METRICS
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(callbacks.Health())
+        if self.first:
+            spool = Spool(path, resume_at=resumed_at)
+            if checkpoint:
+                self.comet.replay(path)
+            trainer.add_callback(callbacks.Metrics(job.stage, spool, self.comet, job.settings.logging_steps))
+            trainer.add_callback(callbacks.Progress(job.stage))
+        clock = callbacks.Clock.resumed(checkpoint)
+        shares = callbacks.Shares(job.settings.eval_steps, job.settings.save_steps)
+        for callback in (clock, callbacks.Stop(), shares):
+            trainer.add_callback(callback)
+        return clock
+
+    def _save(self, trainer: Any) -> Path:
+        from preference_tuning.models import loading
+
+        adapter = self.folder / jobs_of_training.ADAPTER
+        loading.save_adapter(trainer.model, self.base.tokenizer, adapter, self.job.base_model)
+        if problem := loading.adapter_problem(adapter):
+            shutil.rmtree(adapter)
+            stage = self.job.stage.upper()
+            raise DivergedError(f"{stage} made an adapter that is not healthy: {problem}; it is not kept")
+        return adapter
 
     def _model(self) -> Any:
         from preference_tuning.models import loading
@@ -104,9 +140,11 @@ class _Training:
 
     def _rows(self, split: str, answers: int) -> Any:
         from preference_tuning.models import rows
+        from preference_tuning.training import processes
 
         table = self.job.data / f"{split}.arrow"
-        return rows.tokenise(table, self.base.tokenizer, self.job.room, self.job.output_dir / "tokens", answers)
+        with processes.first_then_others():
+            return rows.tokenise(table, self.base.tokenizer, self.job.room, self.job.output_dir / "tokens", answers)
 
     def _trainer(self, model: Any, train: Any, held_out: Any) -> Any:
         from preference_tuning.training import arguments, trainers
@@ -119,11 +157,11 @@ class _Training:
         }
         checkpoints = self.folder / "checkpoints"
         if self.job.sft:
-            self.job.sft.check_warmup("sft", len(train))
+            self.job.sft.check_warmup("sft", len(train), self.job.processes)
             settings = arguments.sft(self.job.sft, self.base, checkpoints)
             return trainers.AnswerSFTTrainer(args=settings, train_dataset=train, eval_dataset=held_out, **how)
         assert self.job.dpo is not None
-        self.job.dpo.check_warmup("dpo", len(train))
+        self.job.dpo.check_warmup("dpo", len(train), self.job.processes)
         shared = self._choose_engine(model, train)
         settings = arguments.dpo(self.job.dpo, self.base, checkpoints)
         train, held_out = self._with_reference(model, train, held_out, shared)
@@ -146,14 +184,14 @@ class _Training:
             "chosen in the config" if wanted != "auto" else "the model's attention takes it"
         )
         if refusal:
-            print(f"  DPO: runs on stock TRL, because {refusal}", file=sys.stderr)
+            self._say(f"DPO: runs on stock TRL, because {refusal}")
         return shared
 
     def _with_reference(self, model: Any, train: Any, held_out: Any, shared: bool) -> tuple[Any, Any]:
         from preference_tuning.training import reference, trainers
 
         assert self.job.dpo is not None
-        visited = trainers.first_rows(train, self.job.dpo, self.job.dpo.total_steps(len(train)))
+        visited = trainers.first_rows(train, self.job.dpo, self.job.dpo.total_steps(len(train), self.job.processes))
         key = fingerprint.of_value([self.job.identity(), self._template(), str(self.base.dtype), shared])
         size = self.job.settings.per_device_eval_batch_size
         common = {"key": key, "model": model, "batch_size": size, **self._how(shared)}
@@ -222,6 +260,7 @@ class _Training:
             metrics={k.removeprefix(prefix): v for k, v in evaluations[-1].items()} if evaluations else {},
             trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             device=str(self.base.device),
+            processes=job.processes,
             dtype=str(self.base.dtype).removeprefix("torch."),
             engine=self.engine,
             engine_reason=self.engine_reason,

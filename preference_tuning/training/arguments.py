@@ -12,14 +12,15 @@ from preference_tuning.models.loading import Base
 
 def sft(config: SFTConfig, base: Base, checkpoints: Path) -> trl.SFTConfig:
     """Return the arguments of the SFT trainer."""
-    return trl.SFTConfig(
+    settings = trl.SFTConfig(
         **_common(config, base, checkpoints), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
     )
+    return _on_one_device(settings)
 
 
 def dpo(config: DPOConfig, base: Base, checkpoints: Path) -> trl.DPOConfig:
     """Return the arguments of the DPO trainer."""
-    return trl.DPOConfig(
+    settings = trl.DPOConfig(
         **_common(config, base, checkpoints),
         beta=config.beta,
         loss_type=list(config.loss_type),
@@ -28,6 +29,13 @@ def dpo(config: DPOConfig, base: Base, checkpoints: Path) -> trl.DPOConfig:
         # Rows are tokenised and cut before they reach the trainer.
         max_length=None,
     )
+    return _on_one_device(settings)
+
+
+def _on_one_device(settings: Any) -> Any:
+    """Keep a process to one device: beside others, transformers would use torch.nn.DataParallel."""
+    settings._n_gpu = min(settings.n_gpu, 1)
+    return settings
 
 
 def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any]:
@@ -60,6 +68,8 @@ def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": not on_cpu,
+        # Every adapted layer is used in every step.
+        "ddp_find_unused_parameters": False,
     }
 
 

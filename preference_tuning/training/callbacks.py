@@ -13,7 +13,7 @@ from preference_tuning.errors import DivergedError
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
-from preference_tuning.training import checkpoints
+from preference_tuning.training import checkpoints, processes
 
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
@@ -37,7 +37,9 @@ class Shares(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        processes.wait()  # for the files of the others: each writes its random state
+        if state.is_world_process_zero:
+            checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def steps_of_share(share: float, total: int) -> set[int]:
@@ -69,6 +71,9 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             self._send(state, {f"{self._stage}/eval/{k}": v for k, v in evaluation.items()})
         elif training and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
             self._send(state, {f"{self._stage}/train/{k}": v for k, v in training.items()})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._spool.close()
 
     def _send(self, state: TrainerState, metrics: dict[str, float]) -> None:
         epoch = round(state.epoch, 4) if state.epoch is not None else None
@@ -145,7 +150,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training."""
+    """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training.
+
+    A signal reaches several processes at different steps, or one of them alone: they agree on the step to stop at.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -156,7 +164,7 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
+        if processes.any_of(self.asked) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
@@ -177,6 +185,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         return self._before + time.monotonic() - self._start
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         (folder / self.FILE).write_text(f"{self.seconds:.3f}", encoding="utf-8")
 
