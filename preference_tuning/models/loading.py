@@ -219,10 +219,19 @@ def _nameless(model: Any) -> Any:
     return model
 
 
-def save_adapter(model: Any, tokenizer: chat.Tokenizer, folder: Path, config: BaseModelConfig) -> None:
-    """Write the adapter, its tokenizer and chat template to ``folder``; equal weights give equal bytes."""
+def save_adapter(
+    model: Any,
+    tokenizer: chat.Tokenizer,
+    folder: Path,
+    config: BaseModelConfig,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the adapter, its tokenizer and chat template to ``folder``; equal weights give equal bytes.
+
+    ``weights`` is the gathered state of a model that is shared out over processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, selected_adapters=["default"])
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     path = folder / "adapter_config.json"

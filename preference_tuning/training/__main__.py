@@ -57,7 +57,7 @@ class _Training:
         self.reference: ReferenceProof | None = None
 
     def run(self) -> TrainingRecord | None:
-        from preference_tuning.training import checkpoints
+        from preference_tuning.training import callbacks, checkpoints, processes
 
         job = self.job
         model = self._model()
@@ -74,7 +74,11 @@ class _Training:
         elif rejected:
             self._say("warning: no checkpoint is intact; the stage starts over")
 
-        clock = self._watch(trainer, checkpoint, resumed_at)
+        processes.draw_apart(job.settings.seed)
+        spool = Spool(self.evidence / jobs_of_training.METRICS, resume_at=resumed_at) if self.first else None
+        if checkpoint and self.first:
+            self.comet.replay(self.evidence / jobs_of_training.METRICS)
+        clock = callbacks.watch(trainer, job.stage, job.settings, spool, self.comet, checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < trainer.state.max_steps:
             raise InterruptedJobError(
@@ -82,9 +86,11 @@ class _Training:
                 "after a checkpoint; the same command continues it"
             )
 
+        # Every process has a share of sharded weights, so every process takes part in gathering them.
+        weights = trainer.accelerator.get_state_dict(trainer.model) if job.fsdp != "off" else None
         if not self.first:
             return None
-        adapter = self._save(trainer)
+        adapter = self._save(trainer, weights)
         record = self._record(trainer, train, held_out, adapter, clock.seconds, [resumed_at] if resumed_at else [])
         self._write_evidence(record)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -94,32 +100,11 @@ class _Training:
         if self.first:
             print(f"  {text}", file=sys.stderr)
 
-    def _watch(self, trainer: Any, checkpoint: Path | None, resumed_at: int) -> Any:
-        """Add the callbacks to the trainer and return its clock."""
-        from transformers import PrinterCallback
-
-        from preference_tuning.training import callbacks
-
-        job, path = self.job, self.evidence / jobs_of_training.METRICS
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(callbacks.Health())
-        if self.first:
-            spool = Spool(path, resume_at=resumed_at)
-            if checkpoint:
-                self.comet.replay(path)
-            trainer.add_callback(callbacks.Metrics(job.stage, spool, self.comet, job.settings.logging_steps))
-            trainer.add_callback(callbacks.Progress(job.stage))
-        clock = callbacks.Clock.resumed(checkpoint)
-        shares = callbacks.Shares(job.settings.eval_steps, job.settings.save_steps)
-        for callback in (clock, callbacks.Stop(), shares):
-            trainer.add_callback(callback)
-        return clock
-
-    def _save(self, trainer: Any) -> Path:
+    def _save(self, trainer: Any, weights: dict[str, Any] | None) -> Path:
         from preference_tuning.models import loading
 
         adapter = self.folder / jobs_of_training.ADAPTER
-        loading.save_adapter(trainer.model, self.base.tokenizer, adapter, self.job.base_model)
+        loading.save_adapter(trainer.model, self.base.tokenizer, adapter, self.job.base_model, weights)
         if problem := loading.adapter_problem(adapter):
             shutil.rmtree(adapter)
             stage = self.job.stage.upper()
@@ -158,12 +143,14 @@ class _Training:
         checkpoints = self.folder / "checkpoints"
         if self.job.sft:
             self.job.sft.check_warmup("sft", len(train), self.job.processes)
-            settings = arguments.sft(self.job.sft, self.base, checkpoints)
+            settings = arguments.sft(self.job.sft, self.base, checkpoints, self.job.fsdp)
             return trainers.AnswerSFTTrainer(args=settings, train_dataset=train, eval_dataset=held_out, **how)
         assert self.job.dpo is not None
         self.job.dpo.check_warmup("dpo", len(train), self.job.processes)
+        if self.job.processes > 1 and (coupled := trainers.COUPLED & set(self.job.dpo.loss_type)):
+            self._say(f"DPO: {', '.join(sorted(coupled))} is computed in each process, over its share of a batch")
         shared = self._choose_engine(model, train)
-        settings = arguments.dpo(self.job.dpo, self.base, checkpoints)
+        settings = arguments.dpo(self.job.dpo, self.base, checkpoints, self.job.fsdp)
         train, held_out = self._with_reference(model, train, held_out, shared)
         trainer = trainers.PreferenceTrainer(
             args=settings, train_dataset=train, eval_dataset=held_out, shared_prompt=shared, **how

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preference_tuning.config import StageConfig
 from preference_tuning.errors import DivergedError
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
@@ -195,3 +196,24 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         """Return a clock that goes on from a checkpoint."""
         path = checkpoint / cls.FILE if checkpoint else None
         return cls(float(path.read_text(encoding="utf-8")) if path and path.is_file() else 0.0)
+
+
+def watch(
+    trainer: Any, stage: str, settings: StageConfig, spool: Spool | None, comet: Comet, checkpoint: Path | None
+) -> Clock:
+    """Add the callbacks to a trainer and return its clock.
+
+    Args:
+        trainer: of the stage.
+        stage: sft or dpo.
+        settings: of the stage.
+        spool: where metrics go; None in all processes but the first, which show and write nothing.
+        comet: where they go too.
+        checkpoint: that training continues from.
+    """
+    clock = Clock.resumed(checkpoint)
+    shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
+    trainer.remove_callback(PrinterCallback)
+    for callback in (Health(), *shown, clock, Stop(), Shares(settings.eval_steps, settings.save_steps)):
+        trainer.add_callback(callback)
+    return clock

@@ -7,6 +7,8 @@ from preference_tuning import fingerprint, jobs
 
 SEAL = "MANIFEST.json"
 NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+SHARDED = {"optimizer.pt": "optimizer.bin"}
+"""What a file is called when the weights are shared out over several processes."""
 
 
 def seal(checkpoint: Path) -> None:
@@ -20,7 +22,7 @@ def problem(checkpoint: Path) -> str | None:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "it was not finished (no readable manifest)"
-    if missing := [name for name in NEEDED if name not in sealed]:
+    if missing := [name for name in NEEDED if not {name, SHARDED.get(name)} & sealed.keys()]:
         return f"it has no {', no '.join(missing)}"
     found = fingerprint.manifest(checkpoint, skip=[SEAL])
     changed = sorted(name for name in sealed if found.get(name) != sealed[name])

@@ -48,6 +48,12 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def draw_apart(seed: int) -> None:
+    """Give each process dropout masks of its own; the first keeps those of a single one."""
+    if rank() > 0:
+        torch.manual_seed(seed + rank())
+
+
 def total(values: Tensor) -> Tensor:
     """Return the sum of ``values`` over the processes; every one of them must call it."""
     if count() == 1:

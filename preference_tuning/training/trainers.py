@@ -25,6 +25,9 @@ from preference_tuning.training import processes, sharing
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
+COUPLED = {"aot", "aot_unpaired", "sft"}
+"""DPO losses that are no mean over pairs: they sort a batch, or take the mean over its tokens."""
+
 SORTED_BATCHES = 8
 """Batches sorted together by length: enough to keep padding low, few enough to keep the order random."""
 
