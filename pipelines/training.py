@@ -25,6 +25,7 @@ from preference_tuning.config import (
     RegistryConfig,
     SFTConfig,
     TrackingConfig,
+    TrainingConfig,
     load,
 )
 from preference_tuning.data.job import fingerprints_of
@@ -51,6 +52,7 @@ def _training(
     lora: LoraConfig | None = LoraConfig(),
     sft: SFTConfig = SFTConfig(),
     dpo: DPOConfig = DPOConfig(),
+    training: TrainingConfig = TrainingConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
     registry: RegistryConfig = RegistryConfig(),
     tracking: TrackingConfig = TrackingConfig(),
@@ -65,14 +67,14 @@ def _training(
         max_length=dpo.length(base_model),
         **model,
     )
-    training = covering("preference_tuning.training")
-    sft_adapter, sft_evidence, _ = train_sft.with_options(cache_policy=training)(
-        dataset=dataset, lora=lora, sft=sft, **model
+    policy = covering("preference_tuning.training")
+    sft_adapter, sft_evidence, _ = train_sft.with_options(cache_policy=policy)(
+        dataset=dataset, lora=lora, sft=sft, training=training, **model
     )
     tuned: dict[str, Any] = {}
     if finetuning_type == "dpo":
-        dpo_adapter, dpo_evidence, _ = train_dpo.with_options(cache_policy=training)(
-            dataset=dataset, sft_adapter=sft_adapter, dpo=dpo, **model
+        dpo_adapter, dpo_evidence, _ = train_dpo.with_options(cache_policy=policy)(
+            dataset=dataset, sft_adapter=sft_adapter, dpo=dpo, training=training, **model
         )
         tuned = {"dpo_adapter": dpo_adapter, "dpo_evidence": dpo_evidence}
     scores, _ = evaluate.with_options(cache_policy=covering("preference_tuning.evaluation"))(

@@ -35,11 +35,19 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells its processes; a job started from inside of somebody else's must not believe it is one."""
+
+SHUTDOWN_SECONDS = 300
+"""How long torchrun waits for its processes to save a checkpoint after a signal, before it kills them."""
+
 Job = TypeVar("Job", bound=BaseModel)
 Result = TypeVar("Result", bound=BaseModel)
 
 
-def run(module: str, folder: Path, job: BaseModel, result: type[Result], again: bool = False) -> Result:
+def run(
+    module: str, folder: Path, job: BaseModel, result: type[Result], again: bool = False, processes: int = 1
+) -> Result:
     """Run ``python -m module folder`` on ``job`` and return its result; at once if this job is already finished.
 
     Args:
@@ -48,6 +56,7 @@ def run(module: str, folder: Path, job: BaseModel, result: type[Result], again: 
         job: what the child reads.
         result: what it writes.
         again: do finished work anew.
+        processes: how many of the child torchrun starts to do the job together; one needs no torchrun.
 
     Raises:
         PreferenceTuningError: of the kind that the job failed with, or of the base kind if it died.
@@ -60,7 +69,7 @@ def run(module: str, folder: Path, job: BaseModel, result: type[Result], again: 
         if not finished.is_file():
             write_json(folder / JOB, job.model_dump(mode="json"))
             (folder / ERROR).unlink(missing_ok=True)
-            code = _run_child(module, folder)
+            code = _run_child(module, folder, processes)
             if code or not finished.is_file():
                 raise _failure(code, folder)
         return result.model_validate_json(finished.read_text(encoding="utf-8"))
@@ -93,25 +102,48 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run_child(module: str, folder: Path) -> int:
-    root = str(fingerprint.PACKAGE.parent)
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**QUIET, **os.environ, "PYTHONPATH": path}
-    child = subprocess.Popen([sys.executable, "-m", module, str(folder)], env=environment)
+def _run_child(module: str, folder: Path, processes: int) -> int:
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(several if processes > 1 else []), module, str(folder)]
+    # Ctrl-C reaches a process group. torchrun must hear of it once, from here: at a second signal it leaves its
+    # processes behind.
+    group = 0 if processes > 1 else None
+    child = subprocess.Popen(command, env=_environment(processes), process_group=group)
     try:
         return child.wait()
     except BaseException:
         # Interrupted here: let the child save its checkpoint; its own account of it is the better one.
         child.send_signal(signal.SIGTERM)
-        if child.wait() == InterruptedJobError.exit_code:
+        child.wait()
+        told = _told(folder)
+        if told and told["exit_code"] == InterruptedJobError.exit_code:
             return InterruptedJobError.exit_code
         raise
 
 
-def _failure(code: int, folder: Path) -> PreferenceTuningError:
+def _environment(processes: int) -> dict[str, str]:
+    root = str(fingerprint.PACKAGE.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**QUIET, **os.environ, "PYTHONPATH": path}
+    for name in LAUNCHER:
+        environment.pop(name, None)
+    if processes > 1:
+        # torchrun would give each process one thread.
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cpus // processes)))
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    return environment
+
+
+def _told(folder: Path) -> dict[str, Any] | None:
+    """Return what the child told of its failure; torchrun's exit code says nothing of it."""
     error = folder / ERROR
-    if error.is_file():
-        told = json.loads(error.read_text(encoding="utf-8"))
+    told: dict[str, Any] | None = json.loads(error.read_text(encoding="utf-8")) if error.is_file() else None
+    return told
+
+
+def _failure(code: int, folder: Path) -> PreferenceTuningError:
+    if told := _told(folder):
         return BY_EXIT_CODE.get(told["exit_code"], PreferenceTuningError)(told["message"])
     if code < 0:
         name = signal.Signals(-code).name
@@ -120,20 +152,37 @@ def _failure(code: int, folder: Path) -> PreferenceTuningError:
     return PreferenceTuningError(f"the job in {folder} failed with exit code {code}; its log: {folder / LOG}")
 
 
-def main(job: type[Job], work: Callable[[Path, Job], BaseModel]) -> None:
-    """Be the child: read the job of the folder in ``sys.argv``, do ``work``, write the result or the error."""
+def main(job: type[Job], work: Callable[[Path, Job], BaseModel | None]) -> None:
+    """Be the child: read the job of the folder in ``sys.argv``, do ``work``, write the result or the error.
+
+    Of several processes, one returns a result and the others None.
+    """
     folder = Path(sys.argv[1])
     try:
         result = work(folder, job.model_validate_json((folder / JOB).read_text(encoding="utf-8")))
     except PreferenceTuningError as error:
-        write_json(folder / ERROR, {"exit_code": error.exit_code, "message": str(error)})
+        _tell(folder, error.exit_code, str(error))
         sys.exit(error.exit_code)
     except Exception as error:
-        (folder / LOG).write_text(traceback.format_exc(), encoding="utf-8")
         message = f"{type(error).__name__}: {error} (traceback in {folder / LOG})"
-        write_json(folder / ERROR, {"exit_code": 1, "message": message})
+        if _tell(folder, 1, message):
+            (folder / LOG).write_text(traceback.format_exc(), encoding="utf-8")
         sys.exit(1)
-    write_json(folder / RESULT, result.model_dump(mode="json"))
+    if result is not None:
+        write_json(folder / RESULT, result.model_dump(mode="json"))
+
+
+def _tell(folder: Path, exit_code: int, message: str) -> bool:
+    """Write the error, unless another process of the job was first: its end is then the reason for this one's."""
+    aside = folder / f".{os.getpid()}-{ERROR}"
+    write_json(aside, {"exit_code": exit_code, "message": message})
+    try:
+        (folder / ERROR).hardlink_to(aside)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.models.compute import check_packages
+from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
@@ -25,6 +26,7 @@ def check(config: RunConfig) -> str:
     errors: list[PreferenceTuningError] = []
     for name, look in (
         ("model", _model),
+        ("training", _training),
         ("data", _data),
         ("outputs", _outputs),
         ("registry", _registry),
@@ -36,7 +38,7 @@ def check(config: RunConfig) -> str:
             errors.append(error)
     if errors:
         first = min(errors, key=lambda error: error.exit_code)
-        raise type(first)("\n".join(str(error) for error in errors))
+        raise type(first)("\n".join(dict.fromkeys(str(error) for error in errors)))
     return "\n".join(findings)
 
 
@@ -57,12 +59,18 @@ def _model(config: RunConfig) -> str:
     return "\n".join(told)
 
 
+def _training(config: RunConfig) -> str:
+    count = processes_of(config.training, config.base_model)
+    return f"{count} processes" if count > 1 else "one process"
+
+
 def _data(config: RunConfig) -> str:
     manifest = job.prepare_for_run(job.of_run(config, _found(config))).manifest
     sft_rows = manifest.sft if manifest.sft is not None else manifest.train
-    config.sft.check_warmup("sft", sft_rows)
+    count = processes_of(config.training, config.base_model)
+    config.sft.check_warmup("sft", sft_rows, count)
     if config.finetuning_type == "dpo":
-        config.dpo.check_warmup("dpo", manifest.train)
+        config.dpo.check_warmup("dpo", manifest.train, count)
     left_out = f", {manifest.dropped} left out" if manifest.dropped else ""
     told = [f"{manifest.train} training and {manifest.held_out} held-out pairs in {manifest.source}{left_out}"]
     told += [f"{'':10}{f.level}: {f.message}" for f in (*manifest.findings, *findings.of_run(manifest, config))]

@@ -6,7 +6,7 @@ from typing import Annotated
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
-from preference_tuning.config import BaseModelConfig, DPOConfig
+from preference_tuning.config import BaseModelConfig, DPOConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.models.source import locate
 from preference_tuning.training import job
@@ -16,13 +16,18 @@ from steps.context import current_run
 
 @step(output_materializers={"dpo_adapter": DirectoryMaterializer, "dpo_evidence": DirectoryMaterializer})
 def train_dpo(
-    dataset: Path, sft_adapter: Path, base_model: BaseModelConfig, base_model_fingerprint: str, dpo: DPOConfig
+    dataset: Path,
+    sft_adapter: Path,
+    base_model: BaseModelConfig,
+    base_model_fingerprint: str,
+    dpo: DPOConfig,
+    training: TrainingConfig,
 ) -> tuple[Annotated[Path, "dpo_adapter"], Annotated[Path, "dpo_evidence"], Annotated[HTMLString, "dpo_report"]]:
-    """Continue what SFT left on the pairs, in a process of its own."""
+    """Continue what SFT left on the pairs, in processes of its own."""
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(
-        "dpo", base_model, source, Dataset(dataset), run.output_dir, run.comet, dpo=dpo, adapter=sft_adapter
+        "dpo", base_model, source, Dataset(dataset), run.output_dir, run.comet, training, dpo=dpo, adapter=sft_adapter
     )
     trained = job.train(work, again=run.fresh)
     log_metadata(trained.record.summary())

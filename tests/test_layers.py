@@ -16,7 +16,7 @@ OWNERS = {
     "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),
     "liger_kernel": {"models/kernels.py"},
-    "unsloth": {"models/loading.py"},
+    "unsloth": {"models/backend.py", "models/loading.py"},
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.

@@ -19,7 +19,7 @@ from preference_tuning.errors import ConfigError
 from preference_tuning.evaluation import gate, statistics
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.statistics import Figure
-from preference_tuning.models import chat, compute, loading, scoring
+from preference_tuning.models import backend, chat, compute, loading, scoring
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry import result
 from preference_tuning.registry.folder import FolderRegistry
@@ -82,7 +82,7 @@ def test_device(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatc
         loaded(configured(tmp_path, tiny_model, base_model={"device": "cuda"}), tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     picked = {
-        name: compute._device(configured(tmp_path, tiny_model, base_model={"device": name}).base_model)
+        name: compute.device_of(configured(tmp_path, tiny_model, base_model={"device": name}).base_model)
         for name in ("auto", "cpu", "cuda")
     }
     assert picked == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda"}
@@ -122,7 +122,7 @@ def test_unsloth_is_loaded_with_the_settings(
     monkeypatch.setitem(sys.modules, "unsloth", stand_in)
     settings = {"backend": "unsloth", "max_seq_length": 300, "load_in_4bit": True, "dtype": "float16"}
     run = configured(tmp_path, tiny_model, base_model=settings, lora={"rank": 3, "alpha": 5, "dropout": 0.1})
-    loading.activate_backend(run.base_model)
+    backend.activate(run.base_model)
     loading.new_adapter(loaded(run, tmp_path), run.lora, seed=9)
     loader, adapter = told
     assert (loader["max_seq_length"], loader["dtype"], loader["load_in_4bit"]) == (300, torch.float16, True)
@@ -130,7 +130,7 @@ def test_unsloth_is_loaded_with_the_settings(
     assert adapter["target_modules"] == list(run.lora.target_modules)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"base_model\.backend: unsloth needs a CUDA GPU"):
-        loading.activate_backend(run.base_model)
+        backend.activate(run.base_model)
 
 
 def test_four_bits(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, cuda: None) -> None:

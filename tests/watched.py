@@ -58,7 +58,7 @@ class Watched:
     """A training job that ran in this process, and what was seen of it."""
 
     def __init__(self, folder: Path, work: job.TrainingJob) -> None:
-        from preference_tuning.training.__main__ import _Training
+        from preference_tuning.training.stage import Stage
 
         self.rates: list[float] = []
         self.norms: list[float] = []
@@ -69,7 +69,7 @@ class Watched:
         self.epochs = self.decay_of_all = math.nan
         self.optimizer = ("", False)
         folder.mkdir(parents=True)
-        self.training = _Training(folder, work, Comet(None))
+        self.training = Stage(folder, work, Comet(None))
         self._build = self.training._trainer
         self.training._trainer = self._watched_trainer  # type: ignore[method-assign]
         self.record = self.training.run()

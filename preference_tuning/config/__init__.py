@@ -16,6 +16,7 @@ from preference_tuning.config.schema import (
     StageConfig,
     TrackingConfig,
 )
+from preference_tuning.config.training import TrainingConfig
 
 __all__ = [
     "BaseModelConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "TrackingConfig",
+    "TrainingConfig",
     "load",
     "load_data",
 ]

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.section import Name, Section, Share, Text
+from preference_tuning.config.training import TrainingConfig
 from preference_tuning.errors import ConfigError
 
 DPOLoss = Literal[
@@ -101,31 +102,35 @@ class StageConfig(Section):
             raise ValueError("must be a whole number of steps, or a share below 1")
         return value
 
-    def total_steps(self, rows: int) -> int:
-        """Return the optimizer steps on ``rows`` rows in one process, as transformers counts them."""
-        batches = math.ceil(rows / self.per_device_train_batch_size)
+    def total_steps(self, rows: int, processes: int = 1) -> int:
+        """Return the optimizer steps on ``rows`` rows in so many processes, as transformers counts them."""
+        batches = math.ceil(rows / (self.per_device_train_batch_size * processes))
         steps_an_epoch = max(1, math.ceil(batches / self.gradient_accumulation_steps))
         return max(1, math.ceil(self.num_train_epochs * steps_an_epoch))
 
-    def warmup_of(self, rows: int) -> int:
+    def warmup_of(self, rows: int, processes: int = 1) -> int:
         """Return how many of these steps are warm-up."""
         if self.lr_scheduler_type == "constant":
             return 0
-        steps = self.total_steps(rows)
+        steps = self.total_steps(rows, processes)
         return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * steps)
 
-    def check_warmup(self, name: str, rows: int) -> None:
+    def check_warmup(self, name: str, rows: int, processes: int = 1) -> None:
         """Refuse a warm-up that the run would never come out of: nothing would be learned at the rate asked for.
 
         Raises:
             ConfigError: warm-up takes all steps.
         """
-        steps = self.total_steps(rows)
-        if self.warmup_steps >= 1 and self.warmup_of(rows) >= steps:
+        steps = self.total_steps(rows, processes)
+        if self.warmup_steps >= 1 and self.warmup_of(rows, processes) >= steps:
             raise ConfigError(
-                f"{name}.warmup_steps: {self.warmup_steps:.0f} of {steps} steps ({rows} rows) would be warm-up: the "
-                "learning rate would never be reached. Give a share, such as 0.1"
+                f"{name}.warmup_steps: {self.warmup_steps:.0f} of {steps} steps ({rows} rows{_in(processes)}) would be "
+                "warm-up: the learning rate would never be reached. Give a share, such as 0.1"
             )
+
+
+def _in(processes: int) -> str:
+    return f" in {processes} processes" if processes > 1 else ""
 
 
 class SFTConfig(StageConfig):
@@ -206,6 +211,7 @@ class RunConfig(Section):
     data: DataConfig
     sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
+    training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -219,6 +225,7 @@ class RunConfig(Section):
         yield from _stage_contradictions("sft", self.sft)
         yield from _stage_contradictions("dpo", self.dpo)
         yield from _dpo_contradictions(self.dpo)
+        yield from self.training.contradictions(self.base_model.backend, self.base_model.load_in_4bit)
         if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
             yield (
                 ("dpo", "max_length"),

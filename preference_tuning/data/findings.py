@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from preference_tuning.config import RunConfig, StageConfig
 from preference_tuning.data.table import Finding, Manifest
+from preference_tuning.models.devices import processes_of
 
 BIASED_SHARE = 0.75
 BIASED_EFFECT = 0.8
@@ -51,9 +52,10 @@ def empty_side(manifest: Manifest) -> str | None:
 def of_run(manifest: Manifest, config: RunConfig) -> Iterator[Finding]:
     """Yield what the run makes of a set of this size: steps, warm-up, and whether its verdict can be one."""
     sft_rows = manifest.sft if manifest.sft is not None else manifest.train
-    yield from _of_stage("SFT", config.sft, sft_rows)
+    processes = processes_of(config.training, config.base_model)
+    yield from _of_stage("SFT", config.sft, sft_rows, processes)
     if config.finetuning_type == "dpo":
-        yield from _of_stage("DPO", config.dpo, manifest.train)
+        yield from _of_stage("DPO", config.dpo, manifest.train, processes)
     wanted = config.evaluation.min_pairs
     if manifest.held_out < wanted:
         pairs = manifest.train + manifest.held_out
@@ -64,8 +66,8 @@ def of_run(manifest: Manifest, config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _of_stage(name: str, stage: StageConfig, rows: int) -> Iterator[Finding]:
-    steps, warmup = stage.total_steps(rows), stage.warmup_of(rows)
+def _of_stage(name: str, stage: StageConfig, rows: int, processes: int) -> Iterator[Finding]:
+    steps, warmup = stage.total_steps(rows, processes), stage.warmup_of(rows, processes)
     if steps < FEW_STEPS:
         yield _warn(
             "few_steps",

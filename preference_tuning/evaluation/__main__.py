@@ -26,14 +26,16 @@ def main(folder: Path, job: EvaluationJob) -> Evaluation:
 
 class _Evaluating:
     def __init__(self, folder: Path, job: EvaluationJob, comet: Comet) -> None:
-        from preference_tuning.models import compute, loading
-        from preference_tuning.models.family import Family
+        from preference_tuning.models import backend
 
         self.job, self.comet = job, comet
         self.start = time.monotonic()
         self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
-        loading.activate_backend(job.base_model)
+        backend.activate(job.base_model)
+        from preference_tuning.models import compute
+        from preference_tuning.models.family import Family
+
         chosen = compute.choose(job.base_model, job.output_dir)
         self.family = Family(job.base_model, job.source, job.output_dir, chosen, job.adapters)
         self.base = self.family.base

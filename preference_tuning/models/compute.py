@@ -102,7 +102,7 @@ def of_job(config: BaseModelConfig, output_dir: Path, folder: Path) -> Compute:
     began = _read(path).get("job")
     if began and began.machine == here:
         return began.compute
-    if began and began.compute.device == _device(config):
+    if began and began.compute.device == device_of(config):
         config = config.model_copy(update={"dtype": began.compute.dtype})
     now = choose(config, output_dir)
     if began:
@@ -132,7 +132,12 @@ def _circumstances(config: BaseModelConfig) -> dict[str, Any]:
     }
 
 
-def _device(config: BaseModelConfig) -> Literal["cpu", "cuda"]:
+def device_of(config: BaseModelConfig) -> Literal["cpu", "cuda"]:
+    """Return the kind of device.
+
+    Raises:
+        ConfigError: cuda is asked for and not there.
+    """
     import torch
 
     there = torch.cuda.is_available()
@@ -142,7 +147,7 @@ def _device(config: BaseModelConfig) -> Literal["cpu", "cuda"]:
 
 
 def _decide(config: BaseModelConfig) -> Compute:
-    if _device(config) == "cpu":
+    if device_of(config) == "cpu":
         return _on_cpu(config)
     check_packages(config)
     return _on_cuda(config)

@@ -1,6 +1,5 @@
 """Loading the base model, and the policy on it: a LoRA adapter, or every weight."""
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,23 +38,6 @@ class Base:
         """Precision of the matrix products; trained weights and sums stay in fp32."""
         named: torch.dtype = getattr(torch, self.compute.dtype)
         return named
-
-
-def activate_backend(config: BaseModelConfig) -> None:
-    """Import unsloth if the config asks for it; it must come before transformers and trl.
-
-    Raises:
-        ConfigError: it is not installed, or there is no CUDA device.
-    """
-    if config.backend != "unsloth":
-        return
-    if not torch.cuda.is_available():
-        raise ConfigError("base_model.backend: unsloth needs a CUDA GPU, and none is visible; use transformers")
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    try:
-        import unsloth  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"base_model.backend: unsloth cannot be imported ({error}); pip install '.[gpu]'") from None
 
 
 def model_folder(source: ModelSource, output_dir: Path) -> Path:
@@ -123,7 +105,7 @@ def _load_with_transformers(config: BaseModelConfig, folder: Path, compute: Comp
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, compute.dtype),
         )
-        extra["device_map"] = {"": compute.device}
+        extra["device_map"] = {"": torch.cuda.current_device()}
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kept_in, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:

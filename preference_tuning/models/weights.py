@@ -34,7 +34,9 @@ def files(folder: Path) -> list[str]:
     return [INDEX, *sorted(set(index["weight_map"].values()))]
 
 
-def save(model: Any, tokenizer: Any, folder: Path, config: BaseModelConfig) -> None:
+def save(
+    model: Any, tokenizer: Any, folder: Path, config: BaseModelConfig, gathered: dict[str, Any] | None = None
+) -> None:
     """Write an adapter or a full model, its tokenizer and chat template; equal weights give equal bytes.
 
     Args:
@@ -42,19 +44,20 @@ def save(model: Any, tokenizer: Any, folder: Path, config: BaseModelConfig) -> N
         tokenizer: with the chat template of the run.
         folder: made if it is not there.
         config: where the base model comes from; an adapter's settings say so.
+        gathered: the weights of a model that is shared out over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
-        _save_adapter(model, folder, config)
+        _save_adapter(model, folder, config, gathered)
     else:
         # The trainer switches the cache off; whoever loads the model wants to generate with it.
         model.config.use_cache = True
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE, state_dict=gathered)
     tokenizer.save_pretrained(folder)
 
 
-def _save_adapter(model: Any, folder: Path, config: BaseModelConfig) -> None:
-    model.save_pretrained(folder, selected_adapters=["default"])
+def _save_adapter(model: Any, folder: Path, config: BaseModelConfig, gathered: dict[str, Any] | None) -> None:
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=gathered)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))

@@ -12,17 +12,18 @@ from preference_tuning.errors import ConfigError
 from preference_tuning.models.loading import Base
 
 
-def sft(config: SFTConfig, base: Base, checkpoints: Path) -> trl.SFTConfig:
+def sft(config: SFTConfig, base: Base, checkpoints: Path, fsdp: str = "off") -> trl.SFTConfig:
     """Return the arguments of the SFT trainer."""
-    return trl.SFTConfig(
-        **_common(config, base, checkpoints), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
+    settings = trl.SFTConfig(
+        **_common(config, base, checkpoints, fsdp), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
     )
+    return _on_one_device(settings)
 
 
-def dpo(config: DPOConfig, base: Base, checkpoints: Path) -> trl.DPOConfig:
+def dpo(config: DPOConfig, base: Base, checkpoints: Path, fsdp: str = "off") -> trl.DPOConfig:
     """Return the arguments of the DPO trainer."""
-    return trl.DPOConfig(
-        **_common(config, base, checkpoints),
+    settings = trl.DPOConfig(
+        **_common(config, base, checkpoints, fsdp),
         beta=config.beta,
         loss_type=list(config.loss_type),
         loss_weights=list(config.loss_weights) if config.loss_weights else None,
@@ -30,9 +31,41 @@ def dpo(config: DPOConfig, base: Base, checkpoints: Path) -> trl.DPOConfig:
         # Rows are tokenised and cut before they reach the trainer.
         max_length=None,
     )
+    return _on_one_device(settings)
 
 
-def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any]:
+def _on_one_device(settings: Any) -> Any:
+    """Keep a process to one device: beside others, transformers would use torch.nn.DataParallel."""
+    settings._n_gpu = min(settings.n_gpu, 1)
+    if settings.device.type == "cpu":
+        # Among several processes it would be "cpu:0", onto which torch.load cannot load a checkpoint.
+        settings._setup_devices = torch.device("cpu")
+    return settings
+
+
+def sharding(fsdp: str, model: Any) -> dict[str, Any]:
+    """Return the arguments that share out the weights of ``model`` over the processes, a decoder layer at a time.
+
+    Raises:
+        ConfigError: the model does not name the class of its layers.
+    """
+    if fsdp == "off":
+        return {}
+    layers = sorted(getattr(model, "_no_split_modules", None) or [])
+    if not layers:
+        raise ConfigError(f"training.fsdp: {type(model).__name__} does not say what its layers are; use fsdp: off")
+    settings = {
+        "version": 2,
+        "reshard_after_forward": True,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": layers,
+        # The first process gathers what a checkpoint and the adapter are written from.
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    return {"fsdp": True, "fsdp_config": settings}
+
+
+def _common(config: StageConfig, base: Base, checkpoints: Path, fsdp: str) -> dict[str, Any]:
     on_cpu = base.device.type == "cpu"
     warmup = config.warmup_steps
     return {
@@ -53,7 +86,9 @@ def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": on_cpu,
-        "bf16": base.dtype == torch.bfloat16,
+        # Our forward pass opens its own autocast. Under FSDP this switch would round the residual stream to 16 bits,
+        # which the reference carries in 32.
+        "bf16": base.dtype == torch.bfloat16 and fsdp == "off",
         "fp16": base.dtype == torch.float16,
         # Callbacks decide when to evaluate and save (training.callbacks.Shares); every step is logged and watched.
         "eval_strategy": "no",
@@ -64,6 +99,9 @@ def _common(config: StageConfig, base: Base, checkpoints: Path) -> dict[str, Any
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": not on_cpu,
+        **sharding(fsdp, base.model),
+        # Every adapted layer is used in every step.
+        "ddp_find_unused_parameters": False,
     }
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preference_tuning.config import StageConfig
 from preference_tuning.errors import DivergedError
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
-from preference_tuning.training import checkpoints
+from preference_tuning.training import checkpoints, processes
 
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
@@ -38,7 +39,9 @@ class Shares(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        processes.wait()  # for the files of the others: each writes its random state
+        if state.is_world_process_zero:
+            checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def steps_of_share(share: float, total: int) -> set[int]:
@@ -71,6 +74,9 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             self._send(state, {f"{self._stage}/eval/{k}": v for k, v in evaluation.items()})
         elif training and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
             self._send(state, {f"{self._stage}/train/{k}": v for k, v in training.items()})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._spool.close()
 
     def _send(self, state: TrainerState, metrics: dict[str, float]) -> None:
         epoch = round(state.epoch, 4) if state.epoch is not None else None
@@ -147,7 +153,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]
-    """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training."""
+    """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training.
+
+    A signal reaches several processes at different steps, or one of them alone: they agree on the step to stop at.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -158,7 +167,7 @@ class Stop(TrainerCallback):  # type: ignore[misc]
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.asked and state.global_step < state.max_steps:
+        if processes.any_of(self.asked) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
@@ -179,6 +188,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         return self._before + time.monotonic() - self._start
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         (folder / self.FILE).write_text(f"{self.seconds:.3f}", encoding="utf-8")
 
@@ -187,3 +198,24 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         """Return a clock that goes on from a checkpoint."""
         path = checkpoint / cls.FILE if checkpoint else None
         return cls(float(path.read_text(encoding="utf-8")) if path and path.is_file() else 0.0)
+
+
+def watch(
+    trainer: Any, stage: str, settings: StageConfig, spool: Spool | None, comet: Comet, checkpoint: Path | None
+) -> Clock:
+    """Add the callbacks to a trainer and return its clock.
+
+    Args:
+        trainer: of the stage.
+        stage: sft or dpo.
+        settings: of the stage.
+        spool: where metrics go; None in all processes but the first, which show and write nothing.
+        comet: where they go too.
+        checkpoint: that training continues from.
+    """
+    clock = Clock.resumed(checkpoint)
+    shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
+    trainer.remove_callback(PrinterCallback)
+    for callback in (Health(), *shown, clock, Stop(), Shares(settings.eval_steps, settings.save_steps)):
+        trainer.add_callback(callback)
+    return clock

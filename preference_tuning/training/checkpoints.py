@@ -9,6 +9,8 @@ from preference_tuning.models import weights
 SEAL = "MANIFEST.json"
 NEEDED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 """Beside the weights, whose files depend on whether they are an adapter's or a full model's."""
+SHARDED = {"optimizer.pt": "optimizer.bin"}
+"""What a file is called when the weights are shared out over several processes."""
 
 
 def seal(checkpoint: Path) -> None:
@@ -25,7 +27,8 @@ def problem(checkpoint: Path) -> str | None:
     found = fingerprint.manifest(checkpoint, skip=[SEAL])
     if changed := sorted(name for name in sealed if found.get(name) != sealed[name]):
         return f"changed since it was written: {', '.join(changed)}"
-    missing = [name for name in (*weights.files(checkpoint), *NEEDED) if name not in sealed]
+    needed = (*weights.files(checkpoint), *NEEDED)
+    missing = [name for name in needed if not {name, SHARDED.get(name)} & sealed.keys()]
     return f"it has no {', no '.join(missing)}" if missing else None
 
 

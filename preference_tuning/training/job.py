@@ -6,10 +6,11 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig
+from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
+from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
@@ -38,6 +39,9 @@ class TrainingJob(BaseModel):
     adapter: Path | None = None
     """Of DPO: the folder that SFT left, an adapter or a full model."""
     adapter_hash: str | None = None
+    processes: int = 1
+    """They decide the size of a step's batch, so they are part of what the job is."""
+    fsdp: Literal["off", "full_shard"] = "off"
     output_dir: Path
     comet: CometRun
 
@@ -57,7 +61,8 @@ class TrainingJob(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return what makes two jobs the same work: content and settings, never places or times."""
         names = {"stage", "base_model", "lora", "sft", "dpo", "split", "data_fingerprint"}
-        kept = self.model_dump(mode="json", include=names | {"max_prompt_length", "keep_end"})
+        names |= {"max_prompt_length", "keep_end", "processes", "fsdp"}
+        kept = self.model_dump(mode="json", include=names)
         return {
             **kept,
             "base_model_fingerprint": self.source.fingerprint,
@@ -106,6 +111,7 @@ class TrainingRecord(BaseModel):
     """The last evaluation on the held-out rows."""
     trainable_parameters: int
     compute: Compute
+    processes: int
     engine: str
     engine_reason: str
     backend: str
@@ -148,9 +154,9 @@ def train(job: TrainingJob, again: bool = False) -> Trained:
         PreferenceTuningError: it failed otherwise.
     """
     folder = (job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}").absolute()
-    trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again))
+    trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again, job.processes))
     if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
-        trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again=True))
+        trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, True, job.processes))
     return trained
 
 
@@ -165,10 +171,16 @@ def from_artifacts(
     dataset: Dataset,
     output_dir: Path,
     comet: CometRun,
+    training: TrainingConfig | None = None,
     **settings: Any,
 ) -> TrainingJob:
-    """Build the job of a stage from what the earlier steps left."""
+    """Build the job of a stage from what the earlier steps left, for the machine that this runs on.
+
+    Raises:
+        ConfigError: the machine has not the devices that ``training`` asks for.
+    """
     adapter = settings.pop("adapter", None)
+    training = training or TrainingConfig()
     return TrainingJob(
         stage=stage,
         base_model=base_model,
@@ -180,6 +192,8 @@ def from_artifacts(
         keep_end=dataset.manifest.keep_end,
         adapter=adapter and adapter.absolute(),
         adapter_hash=fingerprint.of_directory(adapter) if adapter else None,
+        processes=processes_of(training, base_model),
+        fsdp=training.fsdp,
         output_dir=output_dir.absolute(),
         comet=comet,
         **settings,

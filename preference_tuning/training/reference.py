@@ -15,6 +15,7 @@ from torch import Tensor
 from preference_tuning.errors import DivergedError
 from preference_tuning.models import scoring
 from preference_tuning.progress import bar
+from preference_tuning.training import processes
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Nats by which a summed log-probability may differ between two batches that hold the same pair.
@@ -38,21 +39,26 @@ def add_reference(
 ) -> datasets.Dataset:
     """Return the rows with the columns ``ref_chosen_logps`` and ``ref_rejected_logps`` of the model as it is now.
 
-    The values are kept in ``path`` under ``key``, so a resumed job reads what the untrained policy gave. Rows outside
-    ``only`` (training of less than an epoch never reaches them) get NaN, which would stop training if it did.
+    Several processes compute a share each. The values are kept in ``path`` under ``key``, so a resumed job reads what
+    the untrained policy gave. Rows outside ``only`` (training of less than an epoch never reaches them) get NaN, which
+    would stop training if it did.
     """
     values = _stored(path, key)
     if values is None:
         model.eval()
         wanted = sorted(range(len(rows)) if only is None else only)
         values = torch.full((len(rows), 2), math.nan)
-        with bar(title, len(wanted)) as progress:
-            for numbers, logps in scoring.pair_logps(model, rows.select(wanted), batch_size=batch_size, **how):
-                values[[wanted[i] for i in numbers]] = logps
+        values[wanted] = 0
+        share = wanted[processes.rank() :: processes.count()]
+        with bar(title, len(share)) as progress:
+            for numbers, logps in scoring.pair_logps(model, rows.select(share), batch_size=batch_size, **how):
+                values[[share[i] for i in numbers]] = logps
                 progress.update(len(numbers))
-        aside = path.with_suffix(".tmp")
-        save_file({"logps": values}, aside, metadata={"key": key})
-        aside.replace(path)
+        values = processes.total(values)
+        if processes.rank() == 0:
+            aside = path.with_suffix(".tmp")
+            save_file({"logps": values}, aside, metadata={"key": key})
+            aside.replace(path)
     rows = rows.add_column("ref_chosen_logps", values[:, 0].tolist())
     return rows.add_column("ref_rejected_logps", values[:, 1].tolist())
 

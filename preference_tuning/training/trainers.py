@@ -5,6 +5,7 @@ trl 1.14.2: ``DPOTrainer`` has a branch that takes per-token log-probabilities i
 kernel), and that branch calls the method overridden here, so that every loss type works on our forward as it stands.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,21 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from preference_tuning.config import StageConfig
 from preference_tuning.models import scoring, weights
 from preference_tuning.models.chat import PairTokens
+from preference_tuning.training import processes, sharing
+
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+COUPLED = {"aot", "aot_unpaired", "sft"}
+"""DPO losses that are no mean over pairs: they sort a batch, or take the mean over its tokens."""
 
 SORTED_BATCHES = 8
 """Batches sorted together by length: enough to keep padding low, few enough to keep the order random."""
@@ -60,9 +68,10 @@ class LengthBatches(Sampler[int]):
 
 
 def first_rows(rows: datasets.Dataset, config: StageConfig, steps: int) -> list[int]:
-    """Return the rows that ``steps`` optimizer steps of one process reach, without repetition."""
-    sampler = LengthBatches(list(rows["length"]), config.per_device_train_batch_size, config.seed)
-    wanted = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    """Return the rows that ``steps`` optimizer steps of all processes reach, without repetition."""
+    batch_size = config.per_device_train_batch_size * processes.count()
+    sampler = LengthBatches(list(rows["length"]), batch_size, config.seed)
+    wanted = steps * batch_size * config.gradient_accumulation_steps
     return list(itertools.islice(sampler, wanted)) if wanted < len(rows) else list(range(len(rows)))
 
 
@@ -74,11 +83,25 @@ class _ByLength:
     _metrics: Any
     model: Any
     accelerator: Any
+    data_collator: Any
     _total_train_tokens: int
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LengthBatches:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return LengthBatches(list(rows["length"]), self.args.train_batch_size, self.args.seed)
+        return LengthBatches(list(rows["length"]), self.args.train_batch_size * processes.count(), self.args.seed)
+
+    def _get_dataloader(
+        self, dataset: datasets.Dataset, description: str, batch_size: int, sampler_fn: Any = None, **_: Any
+    ) -> Any:
+        """Return the shares of this process in the batches of all (accelerate would repeat rows to fill the last)."""
+        rows = self._remove_unused_columns(dataset, description=description)  # type: ignore[attr-defined]
+        sampler = (sampler_fn and sampler_fn(rows)) or SequentialSampler(rows)
+        batches = sharing.ShareOfBatches(sampler, batch_size * processes.count())
+        loader: DataLoader[Any] = DataLoader(
+            rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory
+        )
+        here = self.accelerator.device
+        return prepare_data_loader(loader, here, num_processes=1, process_index=0, put_on_device=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if weights.is_adapter(Path(resume_from_checkpoint)):
@@ -91,7 +114,23 @@ class _ByLength:
     ) -> tuple[Tensor, None, None]:
         prepared = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            return self.compute_loss(model, prepared).detach(), None, None  # type: ignore[attr-defined]
+            loss = self.compute_loss(model, prepared).detach()  # type: ignore[attr-defined]
+        return processes.total(loss) / processes.count(), None, None
+
+
+def score_in_forward(model: Any, dtype: torch.dtype) -> None:
+    """Let ``model(rows=...)`` return the scores of the answer tokens.
+
+    What is wrapped around a model (DistributedDataParallel, FSDP) does its part in the calls of ``forward`` alone: past
+    it, no gradient would be exchanged.
+    """
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, rows: scoring.Rows | None = None, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if rows is None else scoring.token_scores(model, rows, dtype)
+
+    model.forward = forward
 
 
 class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
@@ -99,9 +138,11 @@ class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, dtype: torch.dtype, pad_id: int, shared_prompt: bool, **kwargs: Any) -> None:
         """Take TRL's arguments, the precision of the matrix products, the padding token and the engine."""
-        super().__init__(*args, data_collator=_SFTCollator(pad_id, shared_prompt), **kwargs)
-        _score_in_forward(self.model, dtype)
+        stand_in = {"prompt_ids": [pad_id], "chosen_ids": [pad_id]}
+        collator = sharing.Counted(_SFTCollator(pad_id, shared_prompt), stand_in)
+        super().__init__(*args, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True
+        score_in_forward(self.model, dtype)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "chosen_ids", "length"]
@@ -114,31 +155,24 @@ class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        rows = inputs["rows"].to(self.accelerator.device)
+        rows: scoring.Rows = inputs["rows"].to(self.accelerator.device)
+        real = min(inputs[sharing.ROWS], 1)
         scores = model(rows=rows)
-        tokens = len(rows.targets)
-        loss: Tensor = -scores.logps.sum() / (tokens if num_items_in_batch is None else num_items_in_batch)
-        if mode == "train":
-            self._total_train_tokens += rows.tokens
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes
-        self._metrics[mode]["entropy"].append(scores.entropies.mean().item())
-        self._metrics[mode]["mean_token_accuracy"].append(scores.correct.float().mean().item())
+        sums = torch.stack(
+            [
+                scores.entropies.sum(),
+                scores.correct.sum(),
+                *torch.tensor([len(rows.targets), rows.tokens], device=rows.targets.device),
+            ]
+        )
+        entropy, hits, tokens, all_tokens = processes.total(sums.double() * real).tolist()
+        self._total_train_tokens += int(all_tokens) if mode == "train" else 0
+        self._metrics[mode]["entropy"].append(entropy / tokens)
+        self._metrics[mode]["mean_token_accuracy"].append(hits / tokens)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        return loss
-
-
-def _score_in_forward(model: Any, dtype: torch.dtype) -> None:
-    """Let ``model(rows=...)`` return the scores of answer tokens.
-
-    The forward of a wrapper (several processes, compilation) must be what runs, or it could not do its part.
-    """
-    plain = model.forward
-
-    def forward(*args: Any, rows: scoring.Rows | None = None, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if rows is None else scoring.token_scores(model, rows, dtype)
-
-    model.forward = forward
+        # The mean over the processes, which is what is taken of gradients and losses, is then the mean over all tokens.
+        loss: Tensor = -scores.logps.sum() * (real * processes.count())
+        return loss / (tokens if num_items_in_batch is None else num_items_in_batch)
 
 
 class _SFTCollator:
@@ -168,13 +202,14 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         collator = _PairCollator(pad_id) if shared_prompt else DataCollatorForPreference(pad_token_id=pad_id)
         # Without a reference model TRL makes one: a second adapter, with which transformers 5.17 resumes from the wrong
         # weights without a word, or for a full model the base model's files once more. Ours are numbers in the rows.
-        stand_in = torch.nn.Identity()
-        super().__init__(*args, ref_model=stand_in, data_collator=collator, eval_dataset=eval_dataset, **kwargs)
+        nothing = torch.nn.Identity()
+        stand_in = {key: [pad_id] for key in PairTokens.__annotations__} | dict.fromkeys(REFERENCE, 0.0)
+        counted = sharing.Counted(collator, stand_in)
+        super().__init__(*args, ref_model=nothing, data_collator=counted, eval_dataset=eval_dataset, **kwargs)
         self.ref_model = None
         self.precompute_ref_logps = True
         self.use_liger_kernel = shared_prompt
-        if shared_prompt:
-            _score_in_forward(self.model, dtype)
+        score_in_forward(self.model, dtype)
 
     def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
         return dataset
@@ -196,11 +231,22 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         logps = empty.masked_scatter(mask, scores.logps[order])
         entropies = empty.masked_scatter(mask, scores.entropies[order])
         chosen = rows.answer < len(input_ids) // 2
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["mean_token_accuracy"].append(scores.correct[chosen].float().mean().item())
-        self._metrics[mode]["logits/chosen"].append(scores.mean_logits[chosen].mean().item())
-        self._metrics[mode]["logits/rejected"].append(scores.mean_logits[~chosen].mean().item())
+        self._log_means(scores, chosen, "train" if self.model.training else "eval")
         return logps, entropies, None
+
+    def _log_means(self, scores: scoring.TokenScores, chosen: Tensor, mode: str) -> None:
+        """Log what is a mean over the answer tokens of all processes."""
+        parts = {
+            "mean_token_accuracy": scores.correct[chosen],
+            "logits/chosen": scores.mean_logits[chosen],
+            "logits/rejected": scores.mean_logits[~chosen],
+        }
+        for name, values in parts.items():
+            total, count = (
+                self.accelerator.gather(number).sum().item()
+                for number in (values.sum().float(), torch.tensor(float(len(values)), device=values.device))
+            )
+            self._metrics[mode][name].append(total / count)
 
     def compute_loss(
         self,
@@ -209,8 +255,12 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        loss: Tensor = super().compute_loss(model, inputs, False, num_items_in_batch)
-        return loss
+        kept = dict(inputs)
+        shares = sharing.Shares.of(kept.pop(sharing.ROWS))
+        with shares.gathered(self.accelerator):
+            # Not `super().compute_loss`: it would take the wrapper off the model.
+            loss: Tensor = self._compute_loss(model, kept, False)
+        return loss * shares.weight
 
 
 class _PairCollator(DataCollatorForPreference):  # type: ignore[misc]

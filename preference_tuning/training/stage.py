@@ -1,0 +1,231 @@
+"""A stage of training from its job to its record, in each of the job's processes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from preference_tuning import fingerprint, jobs
+from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError
+from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, weights
+from preference_tuning.tracking.comet import Comet
+from preference_tuning.tracking.spool import Spool, read
+from preference_tuning.training import arguments, callbacks, checkpoints, processes, reference, report, trainers
+from preference_tuning.training import job as jobs_of_training
+from preference_tuning.training.job import ReferenceProof, TrainingJob, TrainingRecord
+
+VERSIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+class Stage:
+    """One stage: load, tokenise, build the trainer, resume, train, save. What is written, the first process writes."""
+
+    def __init__(self, folder: Path, job: TrainingJob, comet: Comet) -> None:
+        """Load the base model for ``job`` in its ``folder``."""
+        self.folder, self.job, self.comet, self.first = folder, job, comet, processes.rank() == 0
+        self.evidence = folder / jobs_of_training.EVIDENCE
+        self.evidence.mkdir(exist_ok=True)
+        if job.adapter is not None and fingerprint.of_directory(job.adapter) != job.adapter_hash:
+            raise DivergedError(f"the SFT result in {job.adapter} changed since SFT wrote it; start the run anew")
+        with processes.first_then_others():
+            chosen = compute.of_job(job.base_model, job.output_dir, folder)
+            loading.model_folder(job.source, job.output_dir)
+        full = job.stage == "sft" and job.lora is None
+        self.base = loading.load_base(job.base_model, job.source, job.output_dir, chosen, full=full, tuned=job.adapter)
+        self.engine, self.engine_reason = "", ""
+        self.reference: ReferenceProof | None = None
+
+    def run(self) -> TrainingRecord | None:
+        """Train, save and return the record; other processes than the first return None."""
+        job = self.job
+        model = self._model()
+        answers = 2 if job.stage == "dpo" else 1
+        train, held_out = self._rows(job.split, answers), self._rows("held_out", answers)
+        self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
+        trainer = self._trainer(model, train.rows, held_out.rows)
+        checkpoint, rejected = checkpoints.newest_good(self.folder / "checkpoints")
+        for line in rejected:
+            self._say(f"warning: {line}; not resumed from")
+        resumed_at = checkpoints.step_of(checkpoint) if checkpoint else 0
+        if checkpoint:
+            self._say(f"{job.stage.upper()}: continues at step {resumed_at}")
+        elif rejected:
+            self._say("warning: no checkpoint is intact; the stage starts over")
+
+        processes.draw_apart(job.settings.seed)
+        spool = Spool(self.evidence / jobs_of_training.METRICS, resume_at=resumed_at) if self.first else None
+        if checkpoint and self.first:
+            self.comet.replay(self.evidence / jobs_of_training.METRICS)
+        clock = callbacks.watch(trainer, job.stage, job.settings, spool, self.comet, checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise InterruptedJobError(
+                f"{job.stage.upper()} was stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, "
+                "after a checkpoint; the same command continues it"
+            )
+
+        # Every process has a share of sharded weights, so every process takes part in gathering them.
+        gathered = trainer.accelerator.get_state_dict(trainer.model) if job.fsdp != "off" else None
+        if not self.first:
+            return None
+        adapter = self._save(trainer, gathered)
+        record = self._record(trainer, train, held_out, adapter, clock.seconds, [resumed_at] if resumed_at else [])
+        self._write_evidence(record)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return record
+
+    def _say(self, text: str) -> None:
+        if self.first:
+            print(f"  {text}", file=sys.stderr)
+
+    def _save(self, trainer: Any, gathered: dict[str, Any] | None) -> Path:
+        folder = self.folder / jobs_of_training.ADAPTER
+        weights.save(trainer.model, self.base.tokenizer, folder, self.job.base_model, gathered)
+        if problem := weights.problem(folder):
+            shutil.rmtree(folder)
+            stage = self.job.stage.upper()
+            raise DivergedError(f"{stage} made weights that are not healthy: {problem}; nothing is kept")
+        return folder
+
+    def _model(self) -> Any:
+        model = self._with_adapter()
+        if self.job.settings.torch_compile:
+            kernels.compile_decoder(model)
+        return model
+
+    def _with_adapter(self) -> Any:
+        if self.job.stage == "sft":
+            return loading.new_policy(self.base, self.job.lora, self.job.settings.seed)
+        return loading.load_policy(self.base, trainable=True)
+
+    def _rows(self, split: str, answers: int) -> Any:
+        table = self.job.data / f"{split}.arrow"
+        with processes.first_then_others():
+            return rows.tokenise(table, self.base.tokenizer, self.job.room, self.job.output_dir / "tokens", answers)
+
+    def _trainer(self, model: Any, train: Any, held_out: Any) -> Any:
+        how: dict[str, Any] = {
+            "model": model,
+            "processing_class": self.base.tokenizer,
+            "dtype": self.base.dtype,
+            "pad_id": self.base.tokenizer.pad_token_id,
+        }
+        checkpoints = self.folder / "checkpoints"
+        if self.job.sft:
+            self.job.sft.check_warmup("sft", len(train), self.job.processes)
+            settings = arguments.sft(self.job.sft, self.base, checkpoints, self.job.fsdp)
+            shared = self._choose_engine(model, train, "auto", otherwise="plain")
+            return trainers.AnswerSFTTrainer(
+                args=settings, train_dataset=train, eval_dataset=held_out, shared_prompt=shared, **how
+            )
+        assert self.job.dpo is not None
+        self.job.dpo.check_warmup("dpo", len(train), self.job.processes)
+        if self.job.processes > 1 and (coupled := trainers.COUPLED & set(self.job.dpo.loss_type)):
+            self._say(f"DPO: {', '.join(sorted(coupled))} is computed in each process, over its share of a batch")
+        shared = self._choose_engine(model, train, self.job.dpo.engine, otherwise="trl")
+        settings = arguments.dpo(self.job.dpo, self.base, checkpoints, self.job.fsdp)
+        train, held_out = self._with_reference(model, train, held_out, shared)
+        trainer = trainers.PreferenceTrainer(
+            args=settings, train_dataset=train, eval_dataset=held_out, shared_prompt=shared, **how
+        )
+        self._prove_reference(trainer, shared)
+        return trainer
+
+    def _choose_engine(self, model: Any, train: Any, wanted: str, otherwise: str) -> bool:
+        """Return whether the prompts of a batch are shared, and keep the reason."""
+        refusal = scoring.refuses_shared_prompt(model, max(train["length"]))
+        if wanted == "shared_prompt" and refusal:
+            raise ConfigError(f"dpo.engine: shared_prompt cannot run this model: {refusal}; use auto or trl")
+        shared = wanted != "trl" and refusal is None
+        self.engine = "shared_prompt" if shared else otherwise
+        self.engine_reason = refusal or (
+            "chosen in the config" if wanted != "auto" else "the model's attention takes it"
+        )
+        if refusal:
+            self._say(f"{self.job.stage.upper()}: the prompt is not shared, because {refusal}")
+        return shared
+
+    def _with_reference(self, model: Any, train: Any, held_out: Any, shared: bool) -> tuple[Any, Any]:
+        assert self.job.dpo is not None
+        visited = trainers.first_rows(train, self.job.dpo, self.job.dpo.total_steps(len(train), self.job.processes))
+        key = fingerprint.of_value([self.job.identity(), self._template(), str(self.base.dtype), shared])
+        size = self.job.settings.per_device_eval_batch_size
+        common = {"key": key, "model": model, "batch_size": size, **self._how(shared)}
+        stored = {split: self.folder / f"reference-{split}.safetensors" for split in ("train", "held_out")}
+        return (
+            reference.add_reference(train, stored["train"], title="reference", only=visited, **common),
+            reference.add_reference(held_out, stored["held_out"], title="reference, held out", **common),
+        )
+
+    def _how(self, shared: bool) -> dict[str, Any]:
+        return {
+            "dtype": self.base.dtype,
+            "device": self.base.device,
+            "pad_id": self.base.tokenizer.pad_token_id,
+            "shared": shared,
+        }
+
+    def _prove_reference(self, trainer: Any, shared: bool) -> None:
+        assert self.job.dpo is not None
+        assert self.job.adapter_hash is not None
+        dpo = self.job.dpo
+        tolerance = reference.TOLERANCE[self.base.dtype]
+        loss, difference, pairs = reference.measure(trainer, **self._how(shared))
+        expected = reference.check(loss, difference, dpo.beta, dpo.loss_type, tolerance, dpo.loss_weights)
+        self.reference = ReferenceProof(
+            sft_adapter_hash=self.job.adapter_hash,
+            data_fingerprint=self.job.data_fingerprint,
+            template_hash=self._template(),
+            pairs=pairs,
+            loss=loss,
+            expected_loss=expected,
+            largest_difference=difference,
+            tolerance=tolerance,
+        )
+
+    def _template(self) -> str:
+        return chat.template_hash(self.base.tokenizer)
+
+    def _record(
+        self, trainer: Any, train: Any, held_out: Any, adapter: Path, seconds: float, resumed_at: list[int]
+    ) -> TrainingRecord:
+        job, state = self.job, trainer.state
+        points = list(read(self.evidence / jobs_of_training.METRICS))
+        losses = [p.metrics[f"{job.stage}/train/loss"] for p in points if f"{job.stage}/train/loss" in p.metrics]
+        last = losses[-max(1, len(losses) // 10) :]
+        prefix = f"{job.stage}/eval/"
+        evaluations = [p.metrics for p in points if f"{prefix}loss" in p.metrics]
+        return TrainingRecord(
+            stage=job.stage,
+            job=self.folder.name,
+            identity=job.identity(),
+            adapter_hash=fingerprint.of_directory(adapter),
+            steps=state.global_step,
+            epochs=round(state.epoch or 0.0, 4),
+            seconds=round(seconds, 3),
+            rows=len(train.rows),
+            held_out_rows=len(held_out.rows),
+            dropped_rows=train.dropped + held_out.dropped,
+            cut_rows=train.cut + held_out.cut,
+            tokens=int(trainer._total_train_tokens),
+            train_loss=sum(last) / len(last),
+            metrics={k.removeprefix(prefix): v for k, v in evaluations[-1].items()} if evaluations else {},
+            trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            compute=self.base.compute,
+            processes=job.processes,
+            engine=self.engine,
+            engine_reason=self.engine_reason,
+            backend=job.base_model.backend,
+            template_hash=self._template(),
+            resumed_at=resumed_at,
+            reference=self.reference,
+            versions={name: importlib.metadata.version(name) for name in VERSIONS},
+        )
+
+    def _write_evidence(self, record: TrainingRecord) -> None:
+        jobs.write_json(self.evidence / jobs_of_training.RECORD, record.model_dump(mode="json"))
+        points = list(read(self.evidence / jobs_of_training.METRICS))
+        jobs.write_text(self.evidence / jobs_of_training.REPORT, report.render(record, points))
