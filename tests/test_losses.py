@@ -16,6 +16,7 @@ import torch
 
 from preference_tuning import config
 from preference_tuning.config.schema import SMOOTHED_LOSSES, DPOLoss
+from preference_tuning.models import compute
 from preference_tuning.models.loading import Base
 
 # Prompt, chosen, rejected: unequal lengths, an answer of one token.
@@ -179,9 +180,11 @@ def loss_of(model: Any, tokenizer: Any, tmp_path: Path) -> Loss:
             ]
         )
         path = tmp_path / "run.yaml"
-        path.write_text(f"parameters:\n  base_model: {{source: org/m}}\n  data: {{source: r}}\n  dpo: {dpo}\n")
+        path.write_text(
+            f"parameters:\n  base_model: {{source: org/m, device: cpu, dtype: float32}}\n  data: {{source: r}}\n  dpo: {dpo}\n"
+        )
         run = config.load(path).config
-        base = Base(model, tokenizer, torch.device("cpu"), torch.float32, run.base_model)
+        base = Base(model, tokenizer, compute.choose(run.base_model, tmp_path), run.base_model, None)
         trainer = trainers.PreferenceTrainer(
             args=arguments.dpo(run.dpo, base, tmp_path), train_dataset=rows, eval_dataset=rows, model=model,
             processing_class=tokenizer, dtype=torch.float32, pad_id=0, shared_prompt=True,

@@ -289,6 +289,23 @@ def test_models_whose_attention_cannot_take_the_mask_are_recognised() -> None:
     assert "knows no token trees" in str(scoring.refuses_shared_prompt(flash, 10))
 
 
+def test_a_model_that_attends_in_a_way_of_its_own_is_found_out() -> None:
+    """Rules know names; the try looks at what comes out. Here keys lose their positions, so sharing changes them."""
+    examples = [(pair["prompt_ids"], pair["chosen_ids"]) for pair in PAIRS]
+    model = tiny("Llama")
+    assert scoring.tree_error(model, examples, torch.float32) < 1e-4
+    assert model.training is False
+    layer = model.model.layers[1].self_attn
+    plain = layer.forward
+
+    def by_place_in_the_batch(*args: Any, **kwargs: Any) -> Any:
+        out, weights = plain(*args, **kwargs)
+        return out * torch.arange(1, out.shape[1] + 1)[:, None], weights
+
+    layer.forward = by_place_in_the_batch
+    assert scoring.tree_error(model, examples, torch.float32) > 1e-2
+
+
 def test_tokens_are_those_of_trl(tiny_model: Path) -> None:
     """The boundary between prompt and answer, and the end of the answer, as TRL's own preparation puts them."""
     from transformers import AutoTokenizer
@@ -344,7 +361,7 @@ def test_the_literatures_values(tmp_path: Path, loss: str, beta: float) -> None:
         values = torch.stack([policy[0, i], policy[1, i]])[:, None]
         engine._get_per_token_logps_and_entropies = lambda *_, v=values: (v, torch.zeros(2, 1), None)
         batch = {
-            "input_ids": torch.zeros(2, 2, dtype=torch.long), "attention_mask": mask, "completion_mask": mask, "rows": {},
+            "input_ids": torch.zeros(2, 2, dtype=torch.long), "attention_mask": mask, "completion_mask": mask, "rows": {}, "rows_here": 1,
             "ref_chosen_logps": torch.tensor([reference[0][i]]), "ref_rejected_logps": torch.tensor([reference[1][i]]),
         }  # fmt: skip
         assert engine.compute_loss(engine.model, batch).item() == pytest.approx(expected, abs=1e-6)

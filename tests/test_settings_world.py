@@ -19,7 +19,7 @@ from preference_tuning.errors import ConfigError
 from preference_tuning.evaluation import gate, statistics
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.statistics import Figure
-from preference_tuning.models import backend, chat, compute, loading, scoring
+from preference_tuning.models import backend, chat, compute, loading, scoring, weights
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry import result
 from preference_tuning.registry.folder import FolderRegistry
@@ -44,7 +44,9 @@ def loaded(run: RunConfig, folder: Path) -> loading.Base:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it has a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 # --- base model -----------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_the_revision_of_a_hub_model_is_what_is_loaded(
         assert set(asked) == {(source, commits[settings.get("revision")])}
         asked.clear()
         model = loading.new_adapter(base, config.LoraConfig(target_modules=("q_proj",)), 1)
-        loading.save_adapter(model, base.tokenizer, tmp_path / source, base.config)
+        weights.save(model, base.tokenizer, tmp_path / source, base.config)
         saved = yaml.safe_load((tmp_path / source / "adapter_config.json").read_text())
         assert (saved["base_model_name_or_path"], saved["revision"]) == (source, settings.get("revision"))
     local = locate(configured(tmp_path, tiny_model).base_model)
@@ -85,6 +87,7 @@ def test_device(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatc
         name: compute.device_of(configured(tmp_path, tiny_model, base_model={"device": name}).base_model)
         for name in ("auto", "cpu", "cuda")
     }
+    monkeypatch.undo()
     assert picked == {"auto": "cuda", "cpu": "cpu", "cuda": "cuda"}
     base = loaded(configured(tmp_path, tiny_model, base_model={"device": "cpu", "dtype": "float32"}), tmp_path)
     assert {p.device.type for p in base.model.parameters()} == {"cpu"}
@@ -239,7 +242,7 @@ def test_an_evaluation_is_the_one_asked_for(tmp_path: Path, tiny_model: Path, mo
         dataset = prepare.prepare(run.data, data_job.fingerprints_of(run.data), tmp_path / "data")
         adapter = tmp_path / "adapter"
         base = loaded(run, tmp_path)
-        loading.save_adapter(loading.new_adapter(base, run.lora, 1), base.tokenizer, adapter, run.base_model)
+        weights.save(loading.new_adapter(base, run.lora, 1), base.tokenizer, adapter, run.base_model)
         comet = CometRun(config=run.tracking, experiment_key="0" * 32, folder=tmp_path)
         work = evaluation_job.from_artifacts(
             run.base_model, locate(run.base_model), dataset, {"sft": adapter}, run.evaluation, tmp_path, comet,

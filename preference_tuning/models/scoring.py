@@ -151,6 +151,28 @@ def token_scores(model: nn.Module, rows: Rows, dtype: torch.dtype) -> TokenScore
     return TokenScores(*head_scores(at_answers, head.weight, head.bias, rows.targets, dtype, softcap, scale))
 
 
+def tree_error(model: nn.Module, examples: Sequence[tuple[list[int], list[int]]], dtype: torch.dtype) -> float:
+    """Return by how much, in nats, log-probabilities of answers differ between a token tree and plain sequences.
+
+    Args:
+        model: on the device that it runs on.
+        examples: prompts with an answer each; the tree also gets each answer's end alone, so that prompts are shared.
+        dtype: precision of the matrix products.
+    """
+    prompts = [prompt for prompt, _ in examples for _ in range(2)]
+    answers = [part for _, answer in examples for part in (answer, answer[-1:])]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        found = [
+            answer_logps(token_scores(model, laid, dtype).logps, laid)
+            for laid in (layout(prompts, answers, shared, pad_id=0).to(device) for shared in (True, False))
+        ]
+    model.train(training)
+    return (found[0] - found[1]).abs().max().item()
+
+
 def answer_logps(logps: Tensor, rows: Rows) -> Tensor:
     """Return the summed log-probability of each answer, [answers], from those of the tokens, [N]."""
     return logps.new_zeros(rows.answers).index_add(0, rows.answer, logps)
