@@ -96,6 +96,18 @@ def test_the_order_of_rows_decides_nothing(
     assert losses(again) == losses(sft)
 
 
+@pytest.mark.parametrize("content", [["a"], ["a", "b", "c"], ["b", "a"]])
+def test_rows_that_lie_in_order_already_are_read_too(tmp_path: Path, content: list[str]) -> None:
+    import pyarrow as pa
+
+    from preference_tuning.models import rows
+
+    table = pa.table({"content": content})
+    with pa.ipc.new_stream(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert rows.in_order(tmp_path / "rows.arrow")["content"][:] == sorted(content)
+
+
 def test_sft_trains_on_answers_of_its_own(run: tuple[RunConfig, Dataset], tmp_path: Path) -> None:
     answers = [{"prompt": f"Say {i}.", "completion": f"{i}, said."} for i in range(24)]
     source = {"source": str(write_jsonl(tmp_path / "answers.jsonl", answers))}

@@ -65,7 +65,8 @@ def tokenise(table: Path, tokenizer: chat.Tokenizer, room: chat.Room, folder: Pa
 def in_order(table: Path) -> datasets.Dataset:
     """Return the pairs of an Arrow table in the order of their content: that of the source decides nothing."""
     pairs = datasets.Dataset.from_file(str(table))
-    return pairs.select(pc.sort_indices(pairs.data.column("content")).to_numpy())
+    # Signed: datasets cannot slice by unsigned numbers, which it tries where the rows lie in order already.
+    return pairs.select(pc.sort_indices(pairs.data.column("content")).to_numpy().astype("int64"))
 
 
 def _encode(
