@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/sft.py [DATA] [ROWS]
 
-Stock TRL is as well configured as it can be: loss on the answers alone with the head on their tokens alone (its default,
-``chunked_nll``), batches by length, no checkpointing, the precision that is fastest on this machine. It runs with its own
-batches by length, and on ours, where the losses can be compared.
+Stock TRL is as well configured as it can be: loss on the answers alone with the head on their tokens alone (its
+default, ``chunked_nll``), batches by length, no checkpointing, the precision that is fastest on this machine. It runs
+with its own batches by length, and on ours, where the losses can be compared.
 """
 
 import statistics

@@ -342,7 +342,7 @@ def test_the_record_and_its_report_show_what_ran() -> None:
     record = TrainingRecord(
         stage="sft", job="sft-1", identity={"sft": {}}, adapter_hash="0", steps=1, epochs=1, seconds=1, rows=1,
         held_out_rows=1, dropped_rows=0, cut_rows=0, tokens=1, train_loss=1, metrics={}, trainable_parameters=1,
-        compute=ran, engine="answer_only", engine_reason="", backend="transformers", template_hash="0",
+        compute=ran, processes=1, engine="shared_prompt", engine_reason="", backend="transformers", template_hash="0",
         resumed_at=[], versions={},
     )  # fmt: skip
     summary = record.summary()

@@ -231,11 +231,13 @@ def test_sharded_weights_are_what_accelerate_and_the_model_understand(run: Run, 
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
-    from preference_tuning.models import loading
+    from preference_tuning.models import compute, loading
     from preference_tuning.training import arguments
 
     config = run[0]
-    base = loading.load_base(config.base_model, locate(config.base_model), tmp_path)
+    base = loading.load_base(
+        config.base_model, locate(config.base_model), tmp_path, compute.choose(config.base_model, tmp_path)
+    )
     model = loading.new_adapter(base, config.lora, 1)
     settings = arguments.dpo(config.dpo, base, tmp_path, "full_shard")
     plugin = FullyShardedDataParallelPlugin(**settings.fsdp_plugin_args)

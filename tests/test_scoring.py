@@ -204,7 +204,7 @@ def trainer(tmp_path: Path, model: Any, shared: bool, loss_type: list[str], **se
     from preference_tuning.training.trainers import PreferenceTrainer
 
     if shared:
-        assert fused.fuse(model) == 4
+        fused.fuse(model)
     rows = datasets.Dataset.from_list(
         [
             {**pair, "length": 1, "ref_chosen_logps": -10.0 - i, "ref_rejected_logps": -12.0 + i}
@@ -398,11 +398,12 @@ def sft_of_both(tmp_path: Path, model: Any) -> list[tuple[float, dict[str, torch
         max_length=None, per_device_train_batch_size=3, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     common = {"model": model, "args": arguments, "processing_class": word_level()}
+    # Stock first: it patches the model's own forward, which ours then wraps.
+    collator = DataCollatorForLanguageModeling(pad_token_id=0)
+    stock = SFTTrainer(train_dataset=datasets.Dataset.from_list(plain), data_collator=collator, **common)
     ours = AnswerSFTTrainer(
         train_dataset=rows, eval_dataset=rows, dtype=torch.float32, pad_id=0, shared_prompt=True, **common
     )
-    collator = DataCollatorForLanguageModeling(pad_token_id=0)
-    stock = SFTTrainer(train_dataset=datasets.Dataset.from_list(plain), data_collator=collator, **common)
     found = []
     for engine, batch in ((ours, ours.data_collator(list(rows))), (stock, collator(plain))):
         engine.model.train()
