@@ -1,5 +1,6 @@
 # make quickstart   install, then run the whole pipeline on a laptop CPU
 # make test         install the dev extra, then run the tests
+# make test-faults  fault injection, and whole runs in other ways
 # make lint         ruff and mypy
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 export ZENML_ANALYTICS_OPT_IN = false
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-faults test-all lint format clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed $(VENV)/.model
@@ -17,6 +18,9 @@ quickstart: $(VENV)/.installed $(VENV)/.model
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "faults or whole"
 
 test-all: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m "not gpu"

@@ -1,6 +1,7 @@
 """The whole DPO phase against stock TRL: reference pass and one epoch, interleaved in one process.
 
     .venv/bin/python benchmarks/dpo.py [DATA] [PAIRS]          the phase, and what each part of the engine brings
+    .venv/bin/python benchmarks/dpo.py DATA PAIRS defaults     against TRL's defaults alone
     .venv/bin/python benchmarks/dpo.py shapes                  how the ratio moves with the shape of the pairs
 
 Stock TRL is as well configured as it can be: reference log-probabilities computed once, no checkpointing, the precision
@@ -37,30 +38,34 @@ def main() -> None:
     if what[:1] == ["shapes"]:
         return shapes()
     data = Path(what[0]) if what else ROOT / "data" / "direct_answers.jsonl"
-    count = int(what[1]) if len(what) > 1 else 96
+    count = int(what[1]) if len(what) > 1 else 64
     with tempfile.TemporaryDirectory() as folder:
         if what[2:3] == ["peak"]:
             return peak(Setting.load(Path(folder), data, count), what[3])
+        if what[2:3] == ["defaults"]:
+            ratio = against_defaults(Setting.load(Path(folder), data, count))
+            return print(f"result: ratio_defaults={ratio:.2f}")
         peaks = {side: peak_of(data, count, side) for side in ("ours", "stock")}
         setting = Setting.load(Path(folder), data, count)
         tell_tokens(setting)
         eager = faster_attention(setting)
         result = phases(setting, eager)
         causes(setting, eager)
-        few = Setting.load(Path(folder) / "few", data, DEFAULT_PAIRS)
-        ours, defaults = our_dpo(few), with_defaults(few)
-    print(f"\nTRL's defaults, {DEFAULT_PAIRS} pairs: {defaults.seconds:.1f} s, ours {ours.seconds:.1f} s")
+        defaults = against_defaults(Setting.load(Path(folder) / "few", data, DEFAULT_PAIRS))
     print("peak memory: " + ", ".join(f"{side} {mb:,.0f} MB" for side, mb in peaks.items()))
     print(
-        f"result: {result} ratio_defaults={defaults.seconds / ours.seconds:.2f} peak_ours_mb={peaks['ours']:.0f} "
+        f"result: {result} ratio_defaults={defaults:.2f} peak_ours_mb={peaks['ours']:.0f} "
         f"peak_stock_mb={peaks['stock']:.0f}"
     )
     return None
 
 
-def with_defaults(setting: Setting) -> Phase:
-    """Run TRL's defaults: bfloat16 autocast, checkpointing, the reference with every step."""
-    return stock_dpo(setting, False, precompute_ref_log_probs=False, gradient_checkpointing=True, bf16=True)
+def against_defaults(setting: Setting) -> float:
+    """Return the ratio to TRL's defaults: bfloat16 autocast, checkpointing, the reference with every step."""
+    ours = our_dpo(setting)
+    defaults = stock_dpo(setting, False, precompute_ref_log_probs=False, gradient_checkpointing=True, bf16=True)
+    print(f"\nTRL's defaults, {len(setting.pairs)} pairs: {defaults.seconds:.1f} s, ours {ours.seconds:.1f} s")
+    return defaults.seconds / ours.seconds
 
 
 def tell_tokens(setting: Setting) -> None:
@@ -246,10 +251,12 @@ SHAPES = {
     "short": (32, 16), "middle": (128, 64), "long": (512, 256),
     "prompt-heavy": (256, 64), "answer-heavy": (64, 256), "no prompt to share": (4, 128),
 }  # fmt: skip
+AT_ONCE = 1600
+"""Tokens of stock TRL's batch, at most: it keeps the logits of all of them."""
 
 
 def shapes() -> None:
-    """Print the ratio of a step on made-up pairs without a common system turn: tokens of the prompt, of each answer."""
+    """Print the ratio of a step on made-up pairs that share no system turn: tokens of the prompt, of each answer."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting.load(Path(folder), ROOT / "data" / "direct_answers.jsonl", 16)
         eager = faster_attention(setting)
@@ -263,13 +270,15 @@ def shapes() -> None:
                     "chosen_ids": torch.randint(3, 49_000, (answer - i % 4,)).tolist(),
                     "rejected_ids": torch.randint(3, 49_000, (answer - i % 3,)).tolist(),
                 }
-                for i in range(4)
+                for i in range(max(1, min(4, AT_ONCE // (2 * (prompt + answer)))))
             ]
             times: dict[str, list[float]] = {"ours": [], "stock": []}
             losses = {}
             for _ in range(REPETITIONS):
                 for side in times:
-                    trainer = _trainer(setting, shared=True) if side == "ours" else stock_step(setting, eager)
+                    # Eager attention keeps the square of a length for every layer.
+                    short = eager and prompt + answer < 256
+                    trainer = _trainer(setting, shared=True) if side == "ours" else stock_step(setting, short)
                     seconds, losses[side] = _step(trainer, pairs)
                     times[side].append(seconds)
             ours, stock = (statistics.median(times[side]) for side in times)

@@ -34,7 +34,7 @@ from preference_tuning.config import BaseModelConfig, DPOConfig, TrackingConfig 
 from preference_tuning.data import job as data_job  # noqa: E402
 from preference_tuning.data import prepare  # noqa: E402
 from preference_tuning.data.table import MANIFEST, SCHEMA, Dataset, Writer  # noqa: E402
-from preference_tuning.models import loading, rows  # noqa: E402
+from preference_tuning.models import compute, loading, rows, weights  # noqa: E402
 from preference_tuning.models.source import locate  # noqa: E402
 from preference_tuning.tracking.comet import CometRun  # noqa: E402
 from preference_tuning.tracking.spool import read  # noqa: E402
@@ -49,8 +49,8 @@ def ours(task: Task, folder: Path) -> Measured:
     """
     base_model = _base_model(task.model)
     source = locate(base_model)
-    base = loading.load_base(base_model, source, folder)
-    loading.save_adapter(loading.new_adapter(base, LORA, task.dpo.seed), base.tokenizer, folder / "sft", base_model)
+    base = loading.load_base(base_model, source, folder, compute.choose(base_model, folder))
+    weights.save(loading.new_adapter(base, LORA, task.dpo.seed), base.tokenizer, folder / "sft", base_model)
     comet = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=folder / "comet")
     work = job.from_artifacts(
         "dpo", base_model, source, Dataset(task.folder / "data"), folder, comet, adapter=folder / "sft", dpo=task.dpo
@@ -95,9 +95,8 @@ def _base_model(model: Path) -> BaseModelConfig:
 def prepare_task(folder: Path, data: str, dpo: DPOConfig, steps: int, threads: int) -> Task:
     """Write the model in float32 and the pairs that both sides train on: as many as the steps take."""
     quickstart = config.load(ROOT / "configs" / "quickstart.yaml").config
-    base = loading.load_base(
-        quickstart.base_model.model_copy(update={"dtype": "float32"}), locate(quickstart.base_model), ROOT / "outputs"
-    )
+    model = quickstart.base_model.model_copy(update={"dtype": "float32"})
+    base = loading.load_base(model, locate(model), ROOT / "outputs", compute.choose(model, folder))
     base.model.save_pretrained(folder / "model")  # type: ignore[operator]
     base.tokenizer.save_pretrained(folder / "model")
     settings = quickstart.data.model_copy(update={"source": data})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sides import ROOT, Phase, Setting, our_sft, stock_sft
 
-REPETITIONS = 3
+REPETITIONS = 2
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 from preference_tuning import config  # noqa: E402
@@ -83,6 +84,8 @@ class Setting:
 
     def reset(self, ours: bool) -> Any:
         """Return the policy with the adapter that every run starts from; its layers fused or peft's own."""
+        # Or the precision of the first trainer in the process would be that of all others.
+        AcceleratorState._reset_state(reset_partial_state=True)
         policy = self.base.model
         for name, parameter in policy.named_parameters():
             if name in self.start:

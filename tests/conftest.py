@@ -1,7 +1,7 @@
 """Shared parts of the tests: a tiny model built in the process, preference rows, and a copy of the project to run.
 
-Groups: the default run leaves out `quickstart` (the real model, minutes) and `gpu`; `faults` injects failures into
-training jobs. Nothing here needs a network or an account.
+Groups that the default run leaves out: `faults` injects failures into training jobs, `whole` runs the pipeline in rarer
+ways, `quickstart` takes the real model (minutes), `gpu` needs one. Nothing here needs a network or an account.
 """
 
 import json

@@ -133,6 +133,7 @@ def record(version: Path, stage: str) -> TrainingRecord:
     return TrainingRecord.model_validate_json((version / "evidence" / stage / job.RECORD).read_text(encoding="utf-8"))
 
 
+@pytest.mark.whole
 def test_a_full_run_trains_every_weight_from_the_sft_policy(version: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -147,6 +148,7 @@ def test_a_full_run_trains_every_weight_from_the_sft_policy(version: Path) -> No
     assert dpo.metrics["loss"] < 0.6
 
 
+@pytest.mark.whole
 def test_a_published_full_model_is_loaded_as_any_model(project: Project, version: Path) -> None:
     """By plain transformers, to the log-probabilities of the evaluation, pair by pair; so are base and SFT model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -174,6 +176,7 @@ def test_a_published_full_model_is_loaded_as_any_model(project: Project, version
             assert logps.sum().item() == pytest.approx(scores[f"{name}/chosen"][i], abs=1e-3), name
 
 
+@pytest.mark.whole
 def test_check_warns_of_an_adapters_learning_rate(project: Project) -> None:
     run = config.load(project.folder / "run.yaml", ["dpo.learning_rate=1e-6"]).config
     run = run.model_copy(update={"output_dir": str(project.folder / "outputs")})

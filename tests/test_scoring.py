@@ -284,6 +284,14 @@ def test_models_whose_attention_cannot_take_the_mask_are_recognised() -> None:
     strange = tiny("Llama")
     strange.config.layer_types = ["linear_attention", "full_attention"]
     assert "layers of the kind linear_attention" in str(scoring.refuses_shared_prompt(strange, 10))
+    fast = tiny("Llama")
+    layer = fast.model.layers[0].self_attn
+    layer.__class__ = type("Fast", (type(layer),), {"forward": lambda self, x, **_: (x, None)})
+    layer.__class__.forward.__module__ = "unsloth.models.llama"
+    assert scoring.refuses_shared_prompt(fast, 10) == "unsloth brings its own attention"
+    own = tiny("Llama")
+    own.__class__ = type("Own", (type(own),), {"_supports_attention_backend": False})
+    assert scoring.refuses_shared_prompt(own, 10) == "its attention cannot be replaced"
     flash = tiny("Llama")
     flash.config._attn_implementation = "flash_attention_2"
     assert "knows no token trees" in str(scoring.refuses_shared_prompt(flash, 10))

@@ -229,6 +229,8 @@ def refuses_shared_prompt(model: nn.Module, longest: int) -> str | None:
     slides = "sliding_attention" in kinds or (window is not None and not kinds)
     if slides and window is not None and getattr(config, "use_sliding_window", True) and window < longest:
         return f"its sliding window of {window} tokens is shorter than the longest row ({longest})"
+    if any(type(module).forward.__module__.startswith("unsloth") for module in model.modules()):
+        return "unsloth brings its own attention"
     if not getattr(type(unwrap(model)), "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     implementation = str(getattr(config, "_attn_implementation", "eager"))
