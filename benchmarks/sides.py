@@ -84,9 +84,10 @@ class Setting:
 
     def reset(self, ours: bool) -> Any:
         """Return the policy with the adapter that every run starts from; its layers fused or peft's own."""
+        policy = self.base.model
         # Or the precision of the first trainer in the process would be that of all others.
         AcceleratorState._reset_state(reset_partial_state=True)
-        policy = self.base.model
+        vars(policy).pop("_is_accelerate_prepared", None)
         for name, parameter in policy.named_parameters():
             if name in self.start:
                 parameter.data.copy_(self.start[name])

@@ -1,6 +1,8 @@
 """Figures against hand-computed values, and the gate's decisions."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,3 +121,32 @@ def test_champion_and_challenger_are_compared_pair_by_pair() -> None:
     difference = statistics.accuracy_difference(scores, "challenger", "champion", "base", seed=0)
     assert difference.value == pytest.approx(0.2)
     assert 0.13 < difference.low < difference.high < 0.27
+
+
+def test_the_dpo_reference_is_not_computed_again(tmp_path: Path) -> None:
+    """The same rows, weights and batches: read. Other batches, which may move the last bits: computed."""
+    import datasets
+    import torch
+    from test_scoring import PAIRS, tiny
+
+    from preference_tuning.evaluation.__main__ import _Evaluating
+    from preference_tuning.models import stored
+
+    evaluating = _Evaluating.__new__(_Evaluating)
+    evaluating.row_key = "rows"
+    evaluating.base = SimpleNamespace(
+        dtype=torch.float32, device=torch.device("cpu"), tokenizer=SimpleNamespace(pad_token_id=0)
+    )
+    evaluating.job = SimpleNamespace(
+        adapter_hashes={"sft": "weights"}, source=SimpleNamespace(fingerprint="base"), output_dir=tmp_path,
+        config=SimpleNamespace(batch_size=8),
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([{**pair, "length": 10} for pair in PAIRS])
+    kept = torch.tensor([[-1.0, -2.0]] * len(rows))
+    key = stored.key_of("rows", "weights", "base", torch.float32, True, 8)
+    stored.write(stored.place(tmp_path, key), key, kept)
+    model = tiny("Llama")
+    assert evaluating._score("sft", model, rows).tolist() == kept.tolist()
+    assert (evaluating._score("base", model, rows) != kept.numpy()).all()
+    evaluating.job.config.batch_size = 4
+    assert (evaluating._score("sft", model, rows) != kept.numpy()).all()

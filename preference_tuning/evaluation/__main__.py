@@ -46,6 +46,7 @@ class _Evaluating:
         job = self.job
         held_out = job.data / "held_out.arrow"
         tokens = rows.tokenise(held_out, self.base.tokenizer, job.room, job.output_dir / "tokens", answers=2)
+        self.row_key = tokens.key
         asked = self._asked(held_out)
         scores, answers = self._read(tokens.rows, asked)
         self._write_scores(scores)
@@ -86,8 +87,21 @@ class _Evaluating:
         """Return the log-probabilities [rows, 2] of chosen and rejected."""
         import numpy as np
 
-        from preference_tuning.models import scoring
+        from preference_tuning.models import scoring, stored
 
+        shared = scoring.refuses_shared_prompt(model, max(rows["length"])) is None
+        key = stored.key_of(
+            self.row_key,
+            self.job.adapter_hashes.get(name, BASE),
+            self.job.source.fingerprint,
+            self.base.dtype,
+            shared,
+            self.job.config.batch_size,
+        )
+        # DPO's reference on these pairs, for instance: the same rows, weights and batches.
+        known = stored.read(stored.place(self.job.output_dir, key), key)
+        if known is not None:
+            return known.double().numpy()
         values = np.full((len(rows), 2), np.nan)
         with bar(f"scoring {name}", len(rows)) as progress:
             batches = scoring.pair_logps(
@@ -97,7 +111,7 @@ class _Evaluating:
                 device=self.base.device,
                 pad_id=self.base.tokenizer.pad_token_id,
                 batch_size=self.job.config.batch_size,
-                shared=scoring.refuses_shared_prompt(model, max(rows["length"])) is None,
+                shared=shared,
             )
             for numbers, logps in batches:
                 values[numbers] = logps.numpy()

@@ -8,12 +8,9 @@ from typing import Any
 
 import datasets
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from preference_tuning.errors import DivergedError
-from preference_tuning.models import scoring
+from preference_tuning.models import scoring, stored
 from preference_tuning.progress import bar
 from preference_tuning.training import processes
 
@@ -43,7 +40,7 @@ def add_reference(
     the untrained policy gave. Rows outside ``only`` (training of less than an epoch never reaches them) get NaN, which
     would stop training if it did.
     """
-    values = _stored(path, key)
+    values = stored.read(path, key)
     if values is None:
         model.eval()
         wanted = sorted(range(len(rows)) if only is None else only)
@@ -56,19 +53,9 @@ def add_reference(
                 progress.update(len(numbers))
         values = processes.total(values)
         if processes.rank() == 0:
-            aside = path.with_suffix(".tmp")
-            save_file({"logps": values}, aside, metadata={"key": key})
-            aside.replace(path)
+            stored.write(path, key, values)
     rows = rows.add_column("ref_chosen_logps", values[:, 0].tolist())
     return rows.add_column("ref_rejected_logps", values[:, 1].tolist())
-
-
-def _stored(path: Path, key: str) -> Tensor | None:
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as stored:
-        values: Tensor = stored.get_tensor("logps")
-        return values if (stored.metadata() or {}).get("key") == key else None
 
 
 def measure(trainer: Any, **how: Any) -> tuple[float, float, int]:
@@ -86,8 +73,8 @@ def measure(trainer: Any, **how: Any) -> tuple[float, float, int]:
         with torch.no_grad(), trainer.compute_loss_context_manager():
             losses.append(trainer.compute_loss(trainer.model, inputs).item())
         for numbers, logps in scoring.pair_logps(trainer.model, examples, batch_size=size, **how):
-            stored = [[examples[i]["ref_chosen_logps"], examples[i]["ref_rejected_logps"]] for i in numbers]
-            largest = max(largest, (logps - torch.tensor(stored)).abs().max().item())
+            kept = [[examples[i]["ref_chosen_logps"], examples[i]["ref_rejected_logps"]] for i in numbers]
+            largest = max(largest, (logps - torch.tensor(kept)).abs().max().item())
     trainer._metrics["eval"].clear()
     trainer.model.train()
     return sum(losses) / len(losses), largest, len(first)
