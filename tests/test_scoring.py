@@ -152,6 +152,21 @@ def test_attention_spelled_out_is_torchs(length: int, masked: bool) -> None:
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_model_that_took_trees_still_generates(family: str, kind: str) -> None:
+    """With a cache and with padding; a soft cap, which torch's fused attention does not know, is kept."""
+    model = tiny(family)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    how = {"attention_mask": (ids != 0).long(), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    before = [model.generate(ids, **how), model.generate(ids[1:], max_new_tokens=8, do_sample=False, eos_token_id=None)]
+    model.config._attn_implementation = kind
+    scoring.token_scores(model, scoring.pair_rows(PAIRS, True, pad_id=0), torch.float32)
+    assert model.config._attn_implementation == attention.NAMES[kind]
+    after = [model.generate(ids, **how), model.generate(ids[1:], max_new_tokens=8, do_sample=False, eos_token_id=None)]
+    assert [made.tolist() for made in after] == [made.tolist() for made in before]
+
+
 def test_fused_lora_layers_stand_aside_where_the_formula_is_another(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -61,10 +61,11 @@ def attend(
         return output, None
 
     def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if q.device.type == "cpu" and k.shape[2] <= SHORT and softcap is None and not dropout:
+        short = tree is not None and q.device.type == "cpu" and k.shape[2] <= SHORT
+        if short and softcap is None and not dropout:
             factor = q.shape[-1] ** -0.5 if scaling is None else scaling
-            short: Tensor = _short_attention(q, k, v, mask, factor)
-            return short.transpose(1, 2)
+            out: Tensor = _short_attention(q, k, v, mask, factor)
+            return out.transpose(1, 2)
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -100,7 +101,8 @@ def _eager(
     if mask is None:
         # The last query sees every key, as in generation with a cache.
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(k.shape[2] - q.shape[2])
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
+    # Not minus infinity: a padding position that sees nothing would become NaN, and spread.
+    weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1).to(v.dtype)
     return functional.dropout(weights, dropout) @ v
 
 
