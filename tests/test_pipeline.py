@@ -241,6 +241,7 @@ def test_check_says_what_it_found(finished: Finished) -> None:
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
         "model",
+        "training",
         "data",
         "outputs",
         "registry",

@@ -252,6 +252,7 @@ def test_sharded_weights_are_what_accelerate_and_the_model_understand(run: Run, 
         arguments.sharding("full_shard", torch.nn.Linear(1, 1))
 
 
+@pytest.mark.whole
 def test_two_processes_that_share_the_weights_give_the_same_losses(
     run: Run, sft: dict[int, Trained], dpo: dict[int, Trained], tmp_path: Path
 ) -> None:
