@@ -28,7 +28,7 @@ from preference_tuning.models import scoring
 from preference_tuning.training import trainers
 
 REPETITIONS = 3
-DEFAULT_PAIRS = 32
+DEFAULT_PAIRS = 16
 """Of the comparison with TRL's defaults, which are slow."""
 
 

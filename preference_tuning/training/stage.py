@@ -142,7 +142,9 @@ class Stage:
 
     def _choose_engine(self, model: Any, train: Any, wanted: str, otherwise: str) -> bool:
         """Return whether the prompts of a batch are shared, and keep the reason."""
-        refusal = scoring.refuses_shared_prompt(model, max(train["length"])) or self._failed_try(model, train)
+        refusal = None
+        if wanted != "trl":
+            refusal = scoring.refuses_shared_prompt(model, max(train["length"])) or self._failed_try(model, train)
         if wanted == "shared_prompt" and refusal:
             raise ConfigError(f"dpo.engine: shared_prompt cannot run this model: {refusal}; use auto or trl")
         shared = wanted != "trl" and refusal is None
