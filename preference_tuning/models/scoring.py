@@ -212,7 +212,7 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def refuses_shared_prompt(model: nn.Module, longest: int) -> str | None:
-    """Return why a model's attention cannot take the shared-prompt mask, or None if it can.
+    """Return why a model cannot run token trees, or None if it can.
 
     Args:
         model: the policy.

@@ -18,7 +18,8 @@ def place(output_dir: Path, key: str) -> Path:
 def key_of(rows: str, weights: str, base_model: str, dtype: torch.dtype, shared: bool, batch_size: int) -> str:
     """Return the key of a model's log-probabilities on rows.
 
-    All that may change a bit of them is in it, so that what is read is what would have been computed.
+    What decides them is in it. Threads and attention kernels, which may move last bits, are not: jobs of one output
+    folder share them (``models.compute``).
 
     Args:
         rows: the key of the token rows (content, tokenizer and template, room).
