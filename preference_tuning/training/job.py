@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
+from preference_tuning.events import Event
 from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.devices import processes_of
@@ -117,12 +118,17 @@ class TrainingRecord(BaseModel):
     backend: str
     template_hash: str
     resumed_at: list[int]
+    """The steps at which the legs of an interrupted job began."""
+    events: list[Event] = []
+    """Interruptions, retries and whatever else did not go straight."""
     reference: ReferenceProof | None = None
     versions: dict[str, str]
 
     def summary(self) -> dict[str, Any]:
         """Return what the dashboard shows of it: figures, settings, hashes, durations."""
-        facts = self.model_dump(mode="json", exclude={"identity", "metrics", "reference", "versions", "compute"})
+        facts = self.model_dump(
+            mode="json", exclude={"identity", "metrics", "reference", "versions", "compute", "events"}
+        )
         compute = self.compute.model_dump(mode="json", exclude={"measured"})
         compute = {f"compute/{name}": value for name, value in {**compute, **self.compute.measured}.items()}
         metrics = {f"held_out/{name}": value for name, value in self.metrics.items()}

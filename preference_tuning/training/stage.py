@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from preference_tuning import fingerprint, jobs
+from preference_tuning import events, fingerprint, jobs
 from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError
 from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, stored, weights
 from preference_tuning.tracking.comet import Comet
@@ -245,6 +245,7 @@ class Stage:
             backend=job.base_model.backend,
             template_hash=self._template(),
             resumed_at=resumed_at,
+            events=events.read(self.folder),
             reference=self.reference,
             versions={name: importlib.metadata.version(name) for name in VERSIONS},
         )
