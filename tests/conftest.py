@@ -99,7 +99,7 @@ def tiny_parameters(model: Path, data: Path) -> dict[str, Any]:
         "data": {"source": str(data), "held_out": 0.25},
         "sft": {**stage, "num_train_epochs": 1, "learning_rate": 3.0e-3},
         "dpo": {**stage, "num_train_epochs": 2, "learning_rate": 3.0e-3, "beta": 0.1, "max_length": 128},
-        "evaluation": {"samples": 2, "max_new_tokens": 8, "min_pairs": 5, "max_nll_increase": 5.0},
+        "evaluation": {"samples": 2, "max_new_tokens": 8, "gate": {"min_prompts": 5, "max_nll_increase": 5.0}},
     }
 
 

@@ -54,7 +54,7 @@ def test_a_sample_too_small_to_split_is_shown_all_the_same(tmp_path: Path) -> No
 def test_a_config_with_its_tokenizer_for_machines(tmp_path: Path, tiny_model: Path) -> None:
     parameters = tiny_parameters(tiny_model, write_jsonl(tmp_path / "rows.jsonl", preference_rows(60)))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"parameters": parameters}), encoding="utf-8")
-    done = look(tmp_path, "run.yaml", "--json", "--set", "data.held_out=0.4", "--set", "evaluation.min_pairs=50")
+    done = look(tmp_path, "run.yaml", "--json", "--set", "data.held_out=0.4", "--set", "evaluation.gate.min_prompts=50")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["rows_in"], found["unit"], found["max_length"]) == (60, "tokens", 128)

@@ -4,11 +4,11 @@ Imports neither torch nor zenml, so that a typo is answered at once.
 """
 
 from preference_tuning.config.data import Columns, DataConfig, Origin, Problems, SFTSourceConfig, SourceConfig
+from preference_tuning.config.evaluation import EvaluationConfig, GateConfig
 from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.schema import (
     BaseModelConfig,
     DPOConfig,
-    EvaluationConfig,
     LoraConfig,
     RegistryConfig,
     RunConfig,
@@ -24,6 +24,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
+    "GateConfig",
     "LoraConfig",
     "Origin",
     "Problems",

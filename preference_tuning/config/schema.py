@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from preference_tuning.config.data import DataConfig
+from preference_tuning.config.evaluation import EvaluationConfig
 from preference_tuning.config.section import Name, Section, Share, Text
 from preference_tuning.config.training import TrainingConfig
 from preference_tuning.errors import ConfigError
@@ -163,24 +164,6 @@ class DPOConfig(StageConfig):
     def length(self, base_model: BaseModelConfig) -> int:
         """Return the longest row in tokens: the recipe's ``max_length = max_seq_length // 2`` unless set."""
         return self.max_length or base_model.max_seq_length // 2
-
-
-class EvaluationConfig(Section):
-    """Scoring on the held-out pairs, and the rules of the verdict."""
-
-    batch_size: int = Field(8, ge=1)
-    samples: int = Field(6, ge=0, le=64)
-    """Held-out prompts answered by every model, side by side."""
-    max_new_tokens: int = Field(96, ge=1, le=4096)
-    min_pairs: int = Field(30, ge=1)
-    """Fewer held-out pairs than this leave the verdict inconclusive."""
-    min_accuracy: float = Field(0.5, ge=0, lt=1)
-    """The lower end of the 95 % interval of the reward accuracy must lie above this."""
-    max_nll_increase: float = Field(0.2, ge=0)
-    """Nats a token: the upper end of the interval of the chosen answers' NLL increase must not exceed this."""
-    champion_tolerance: float = Field(0.02, ge=0, lt=1)
-    """A challenger may be below the champion's reward accuracy by at most this, at the interval's lower end."""
-    seed: int = Field(42, ge=0)
 
 
 class RegistryConfig(Section):

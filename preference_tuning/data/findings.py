@@ -56,13 +56,14 @@ def of_run(manifest: Manifest, config: RunConfig) -> Iterator[Finding]:
     yield from _of_stage("SFT", config.sft, sft_rows, processes)
     if config.finetuning_type == "dpo":
         yield from _of_stage("DPO", config.dpo, manifest.train, processes)
-    wanted = config.evaluation.min_pairs
+    wanted = config.evaluation.gate.min_prompts
     if manifest.held_out < wanted:
         pairs = manifest.train + manifest.held_out
         yield _warn(
             "few_held_out",
-            f"{manifest.held_out} held-out pairs are too few for a verdict (evaluation.min_pairs is {wanted}): it will "
-            f"be inconclusive. With {pairs} pairs data.held_out must be about {min(0.9, 1.2 * wanted / pairs):.2g}",
+            f"{manifest.held_out} held-out pairs are too few for a verdict (evaluation.gate.min_prompts is {wanted}): "
+            "it will be inconclusive. With "
+            f"{pairs} pairs data.held_out must be about {min(0.9, 1.2 * wanted / pairs):.2g}",
         )
 
 

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from preference_tuning import jobs
-from preference_tuning.evaluation import gate, statistics
+from preference_tuning import fingerprint, jobs
+from preference_tuning.evaluation import gate, metrics, statistics
 from preference_tuning.evaluation import job as jobs_of_evaluation
-from preference_tuning.evaluation.job import BASE, Evaluation, EvaluationJob, Sample
+from preference_tuning.evaluation.job import Evaluation, EvaluationJob, Sample
+from preference_tuning.evaluation.metrics import BASE
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
@@ -50,9 +51,10 @@ class _Evaluating:
         asked = self._asked(held_out)
         scores, answers = self._read(tokens.rows, asked)
         self._write_scores(scores)
-        models = self._figures(scores)
+        models = metrics.figures(scores, job.references, job.beta, job.config.seed)
         candidate = list(job.adapters)[-1]
-        verdict = gate.judge(candidate, len(tokens.rows), scores, models[candidate], job.config)
+        evidence = gate.Evidence(candidate, job.references[candidate], scores, models)
+        verdict = gate.verdict(candidate, gate.own_rules(evidence, job.config))
         evaluation = Evaluation(
             pairs=len(tokens.rows),
             dropped=tokens.dropped,
@@ -75,6 +77,7 @@ class _Evaluating:
 
         lengths = {side: pc.list_value_length(rows.data.column(f"{side}_ids")).to_numpy() for side in SIDES}
         scores = {f"{side}_tokens": lengths[side].astype(np.float64) for side in SIDES}
+        scores["prompt"] = np.array([fingerprint.of_value(ids) for ids in rows["prompt_ids"]])
         answers: dict[str, list[str]] = {}
         for name in (BASE, *self.job.adapters):
             with self.family.member(None if name == BASE else name) as model:
@@ -124,17 +127,6 @@ class _Evaluating:
 
         pq.write_table(pa.table(scores), self.evidence / jobs_of_evaluation.SCORES)
 
-    def _figures(self, scores: statistics.Scores) -> dict[str, dict[str, statistics.Figure]]:
-        job, seed = self.job, self.job.config.seed
-        found = {BASE: statistics.model_figures(scores, BASE, seed)}
-        parent = BASE
-        for name in job.adapters:
-            beta = job.beta if name == "dpo" else 1.0
-            rewards = statistics.reward_figures(scores, name, parent, beta, seed)
-            found[name] = {**statistics.model_figures(scores, name, seed), **rewards}
-            parent = name
-        return found
-
     def _asked(self, held_out: Path) -> list[dict[str, Any]]:
         """Return the held-out pairs whose prompts every model answers, spread over the set."""
         from preference_tuning.models.rows import in_order
@@ -172,16 +164,16 @@ class _Evaluating:
         texts: list[str] = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _report(self, evaluation: Evaluation, scores: statistics.Scores) -> None:
+    def _report(self, evaluation: Evaluation, scores: metrics.Scores) -> None:
         from preference_tuning.evaluation import report
 
-        metrics = {
+        points = {
             f"evaluation/{model}/{name}": figure.value
             for model, figures in evaluation.models.items()
             for name, figure in figures.items()
         }
         spool = Spool(self.evidence / jobs_of_evaluation.METRICS)
-        point = Point(step=0, metrics=metrics)
+        point = Point(step=0, metrics=points)
         spool.append(point)
         spool.close()
         self.comet.log(point)

@@ -12,6 +12,7 @@ from preference_tuning.config import BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import statistics
 from preference_tuning.evaluation.gate import Verdict
+from preference_tuning.evaluation.metrics import BASE
 from preference_tuning.models.chat import Room
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
@@ -19,7 +20,6 @@ from preference_tuning.tracking.comet import CometRun
 MODULE = "preference_tuning.evaluation"
 EVIDENCE = "evidence"
 SCORES, SUMMARY, REPORT, METRICS = "scores.parquet", "evaluation.json", "report.html", "metrics.jsonl"
-BASE = "base"
 
 
 class EvaluationJob(BaseModel):
@@ -40,6 +40,11 @@ class EvaluationJob(BaseModel):
     keep_end: bool
     output_dir: Path
     comet: CometRun
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The reference of each tuned model: the model before it."""
+        return dict(zip(self.adapters, (BASE, *self.adapters), strict=False))
 
     @property
     def room(self) -> Room:
@@ -132,9 +137,10 @@ def from_artifacts(
 
 
 def load_scores(evidence: Path) -> dict[str, statistics.Array]:
-    """Return the per-example score table of an evaluation."""
+    """Return the per-example score table of an evaluation: its numbers, and the prompts of the pairs."""
     table = pq.read_table(evidence / SCORES)
-    return {name: np.asarray(table[name].to_numpy(), dtype=np.float64) for name in table.column_names}
+    scores = {name: table[name].to_numpy() for name in table.column_names}
+    return {name: column if name == "prompt" else np.asarray(column, np.float64) for name, column in scores.items()}
 
 
 def load_summary(evidence: Path) -> Evaluation:

@@ -3,7 +3,7 @@
 import itertools
 
 from preference_tuning import reports
-from preference_tuning.evaluation import statistics
+from preference_tuning.evaluation import metrics
 from preference_tuning.evaluation.job import Evaluation
 
 SHOWN = {
@@ -16,7 +16,7 @@ SHOWN = {
 }
 
 
-def render(evaluation: Evaluation, scores: statistics.Scores) -> str:
+def render(evaluation: Evaluation, scores: metrics.Scores) -> str:
     """Return the report of an evaluation as HTML."""
     verdict = evaluation.verdict
     return reports.page(
@@ -54,11 +54,11 @@ def _figures(evaluation: Evaluation) -> reports.Html:
     return reports.table(["", *evaluation.models], rows, numeric=True)
 
 
-def _charts(evaluation: Evaluation, scores: statistics.Scores) -> list[reports.Html]:
+def _charts(evaluation: Evaluation, scores: metrics.Scores) -> list[reports.Html]:
     names = list(evaluation.models)
     accuracy = {name: figures["likelihood/accuracy"].value for name, figures in evaluation.models.items()}
     margins = {
-        f"{name} against {parent}": statistics.reward_margins(scores, name, parent).tolist()
+        f"{name} against {parent}": metrics.reward_margins(scores, name, parent).tolist()
         for parent, name in itertools.pairwise(names)
     }
     per_token = {name: (scores[f"{name}/chosen"] / scores["chosen_tokens"]).tolist() for name in names}

@@ -1,22 +1,23 @@
-"""Figures with their uncertainty, from per-example scores.
+"""Figures with their uncertainty. The unit is the prompt: pairs of one prompt are not independent of each other.
 
-Ties count as half: a policy that equals its reference has a reward accuracy of 0.5.
+Everything here takes one value a pair and the prompt of each pair; intervals are those of 95 %.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 from scipy import stats
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Scores = Mapping[str, Array]
-"""Columns of the score table: ``<model>/chosen``, ``<model>/rejected`` (summed log-probabilities) and token counts."""
+Array = np.ndarray[Any, np.dtype[Any]]
 
 CONFIDENCE = 0.95
+POWER = 0.8
 RESAMPLES = 5000
+BATCH_ELEMENTS = 4_000_000
+"""Values that are resampled at a time: 32 MB."""
 
 
 class Figure(BaseModel):
@@ -26,72 +27,141 @@ class Figure(BaseModel):
     low: float
     high: float
 
+    @classmethod
+    def exact(cls, value: float) -> "Figure":
+        """Return a figure that is not an estimate, such as a count."""
+        return cls(value=value, low=value, high=value)
+
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}" if self.low == self.high else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def preference_accuracy(margins: Array) -> Figure:
-    """Return the share of positive margins, ties as half, with Wilson's interval (1927), which holds at 0 and 1."""
-    n = len(margins)
-    share = float(np.mean(np.where(np.isfinite(margins), np.heaviside(margins, 0.5), np.nan)))
+MISSING = Figure.exact(math.nan)
+
+
+def proportion(outcomes: Array, prompts: Array) -> Figure:
+    """Return the share of successes, ties as half, with Wilson's interval (1927), which holds at 0 and 1.
+
+    Its n is the effective number of prompts, (sum of m)^2 / (sum of m^2) for m pairs a prompt (Kish 1965): the interval
+    is right if the pairs of a prompt always agree, and too wide otherwise. scipy's takes whole successes only.
+    """
+    sizes = _sums(np.ones(len(outcomes)), prompts)
+    n = float(sizes.sum() ** 2 / (sizes**2).sum())
+    share = float(np.mean(outcomes))
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Figure(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
 
 
-def mean(values: Array, seed: int) -> Figure:
-    """Return the mean with a percentile bootstrap interval over the examples."""
-    value = float(np.mean(values))
-    if len(values) < 2 or not np.isfinite(values).all() or np.ptp(values) == 0:
-        return Figure(value=value, low=value, high=value)
+def mean(values: Array, prompts: Array, seed: int) -> Figure:
+    """Return the mean over the pairs with a percentile bootstrap interval over the prompts."""
+    return means({"": values}, prompts, seed)[""]
+
+
+def means(columns: Mapping[str, Array], prompts: Array, seed: int, weights: Array | None = None) -> dict[str, Figure]:
+    """Return the mean of each column, with percentile bootstrap intervals over the prompts.
+
+    Of values that are all equal, or of a single prompt, the interval is the value; of values that are not finite,
+    value and interval are nan.
+
+    Args:
+        columns: values of the pairs, by name.
+        prompts: of the pairs.
+        seed: of the resamples, which all columns share.
+        weights: of the pairs, such as their tokens. None: equal ones.
+    """
+    values = np.stack(list(columns.values())).astype(np.float64)
+    weights = np.ones(values.shape[1]) if weights is None else weights
+    finite: Array = np.logical_and.reduce(np.isfinite(values), axis=1)
+    sums, sizes = _sums(np.where(finite[:, None], values, 0.0) * weights, prompts), _sums(weights[None], prompts)
+    value = np.where(finite, _ratio(sums, sizes), np.nan)
+    low, high = _interval(_ratio, (sums, sizes), seed)
+    constant = (values.max(axis=1) == values.min(axis=1)) | ~finite
+    low, high = np.where(constant, value, low), np.where(constant, value, high)
+    return {
+        name: Figure(value=float(value[i]), low=float(low[i]), high=float(high[i])) for i, name in enumerate(columns)
+    }
+
+
+def correlation(one: Array, other: Array, prompts: Array, seed: int) -> Figure | None:
+    """Return Pearson's correlation over the pairs, with a bootstrap interval over the prompts; None of a constant."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return None
+    x, y = one - np.mean(one), other - np.mean(other)
+    sums = tuple(_sums(column, prompts) for column in (np.ones(len(x)), x, y, x * x, y * y, x * y))
+    low, high = _interval(_correlation, sums, seed)
+    return Figure(value=float(_correlation(*sums)), low=float(low), high=float(high))
+
+
+def mcnemar(differences: Array, prompts: Array) -> float:
+    """Return the p-value of McNemar's exact test (1947) on paired outcomes: the sign test over the prompts.
+
+    Args:
+        differences: outcome of one model less that of the other, for each pair.
+        prompts: of the pairs.
+    """
+    sums = _sums(differences, prompts)
+    if not np.isfinite(sums).all():
+        return math.nan
+    up, down = int((sums > 0).sum()), int((sums < 0).sum())
+    return float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
+
+
+def needed(variance: float, difference: float) -> int:
+    """Return how many prompts, of one pair each, find a mean difference in 80 % of trials.
+
+    Args:
+        variance: of one pair's value.
+        difference: of the mean from what it is compared with, in the same unit.
+    """
+    z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2) + stats.norm.ppf(POWER))
+    return math.ceil(z * z * variance / difference**2)
+
+
+def count(prompts: Array) -> int:
+    """Return the number of different prompts."""
+    return len(np.unique(prompts))
+
+
+def _sums(values: Array, prompts: Array) -> Array:
+    """Return the sums of ``values`` [..., pairs] over the pairs of each prompt [..., prompts], by prompt in order."""
+    order = np.argsort(prompts, kind="stable")
+    starts = np.unique(prompts[order], return_index=True)[1]
+    sums: Array = np.add.reduceat(values[..., order], starts, axis=-1)
+    return sums
+
+
+def _interval(statistic: Callable[..., Array], sums: tuple[Array, ...], seed: int) -> tuple[Array, Array]:
+    """Return both ends of the interval of a statistic of the prompts' sums, each [..., prompts]."""
+    prompts = sums[0].shape[-1]
+    if prompts < 2:
+        value = statistic(*sums)
+        return value, value
     found = stats.bootstrap(
-        (values,),
-        np.mean,
+        sums,
+        statistic,
+        paired=True,
+        vectorized=True,
+        axis=-1,
         n_resamples=RESAMPLES,
+        batch=max(1, BATCH_ELEMENTS // max(column.size for column in sums)),
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Figure(value=value, low=float(found.low), high=float(found.high))
+    return found.low, found.high
 
 
-def model_figures(scores: Scores, model: str, seed: int) -> dict[str, Figure]:
-    """Return what can be said of any model: which answer it finds likelier, and its loss on the chosen ones."""
-    chosen, rejected = scores[f"{model}/chosen"], scores[f"{model}/rejected"]
-    chosen_tokens, rejected_tokens = scores["chosen_tokens"], scores["rejected_tokens"]
-    return {
-        "likelihood/accuracy": preference_accuracy(chosen - rejected),
-        "likelihood/accuracy_norm": preference_accuracy(chosen / chosen_tokens - rejected / rejected_tokens),
-        "nll/chosen": mean(-chosen / chosen_tokens, seed),
-        "logps/chosen": mean(chosen, seed),
-        "logps/rejected": mean(rejected, seed),
-    }
+def _ratio(sums: Array, sizes: Array, axis: int = -1) -> Array:
+    ratio: Array = sums.sum(axis=axis) / sizes.sum(axis=axis)
+    return ratio
 
 
-def reward_margins(scores: Scores, model: str, reference: str) -> Array:
-    """Return (log pi/ref of chosen) - (log pi/ref of rejected), [n] nats; times beta, these are TRL's margins."""
-    chosen = scores[f"{model}/chosen"] - scores[f"{reference}/chosen"]
-    rejected = scores[f"{model}/rejected"] - scores[f"{reference}/rejected"]
-    margins: Array = chosen - rejected
-    return margins
-
-
-def reward_figures(scores: Scores, model: str, reference: str, beta: float, seed: int) -> dict[str, Figure]:
-    """Return TRL's rewards/* of ``model`` against ``reference``, and the change of the loss on chosen answers."""
-    chosen = beta * (scores[f"{model}/chosen"] - scores[f"{reference}/chosen"])
-    rejected = beta * (scores[f"{model}/rejected"] - scores[f"{reference}/rejected"])
-    per_token = (scores[f"{reference}/chosen"] - scores[f"{model}/chosen"]) / scores["chosen_tokens"]
-    return {
-        "rewards/accuracies": preference_accuracy(chosen - rejected),
-        "rewards/margins": mean(chosen - rejected, seed),
-        "rewards/chosen": mean(chosen, seed),
-        "rewards/rejected": mean(rejected, seed),
-        "nll/chosen_change": mean(per_token, seed),
-    }
-
-
-def accuracy_difference(scores: Scores, challenger: str, champion: str, reference: str, seed: int) -> Figure:
-    """Return the paired difference of two models' reward accuracies against one reference, on the same examples."""
-    outcomes = [np.heaviside(reward_margins(scores, model, reference), 0.5) for model in (challenger, champion)]
-    return mean(outcomes[0] - outcomes[1], seed)
+def _correlation(*sums: Array, axis: int = -1) -> Array:
+    n, x, y, xx, yy, xy = (column.sum(axis=axis) for column in sums)
+    spread = np.sqrt(np.maximum(xx - x * x / n, 0.0) * np.maximum(yy - y * y / n, 0.0))
+    # A resample may hold one prompt alone; what does not vary explains nothing.
+    shared = np.divide(xy - x * y / n, spread, out=np.zeros_like(spread), where=spread > 0)
+    found: Array = np.clip(shared, -1.0, 1.0)
+    return found

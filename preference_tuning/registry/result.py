@@ -11,18 +11,18 @@ from preference_tuning import fingerprint
 from preference_tuning.config import BaseModelConfig, EvaluationConfig, RegistryConfig, RunConfig
 from preference_tuning.data.table import MANIFEST, REPORT, SPLIT, Dataset
 from preference_tuning.errors import PreferenceTuningError
-from preference_tuning.evaluation import gate, statistics
+from preference_tuning.evaluation import gate
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.gate import Rule, Verdict
-from preference_tuning.evaluation.job import BASE, Evaluation
+from preference_tuning.evaluation.job import Evaluation
+from preference_tuning.evaluation.metrics import ANSWERS, BASE, CHAMPION
+from preference_tuning.evaluation.statistics import Array
 from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card
 from preference_tuning.registry.folder import FolderRegistry, Version
 from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.training.job import METRICS, RECORD, TrainingRecord
-
-CHALLENGER, CHAMPION = "challenger", "champion"
 
 
 class Result(BaseModel):
@@ -76,8 +76,8 @@ class Registered(BaseModel):
 def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) -> Registered:
     """Store a result as a version, and make it champion if its evidence allows.
 
-    The evaluation's verdict is final only where there is no champion; a champion is beaten, or at least equalled
-    within the tolerance, on the same held-out pairs.
+    The evaluation's verdict is final only where there is no champion; a champion has to be beaten, on the same held-out
+    pairs.
 
     Raises:
         PreferenceTuningError: the result is not finished or healthy, or cannot be stored.
@@ -85,11 +85,9 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
     registry = FolderRegistry(config)
     evaluation = evaluation_job.load_summary(result.evaluation)
     _check_evidence(result, evaluation)
-    verdict = evaluation.verdict
     reigning = registry.champion()
-    candidate = fingerprint.of_value(fingerprint.manifest(result.adapter))[:16]
-    if reigning and reigning.version != candidate:
-        verdict = _against_champion(result, registry, reigning.version, verdict, rules)
+    rule = _against_champion(result, registry, reigning.version, rules) if reigning else gate.first_model()
+    verdict = gate.verdict(evaluation.verdict.candidate, [*evaluation.verdict.rules, rule])
     adapter = weights.is_adapter(result.adapter)
     version = registry.publish(
         result.adapter,
@@ -139,47 +137,43 @@ def _check_evidence(result: Result, evaluation: Evaluation) -> None:
         raise PreferenceTuningError(f"nothing is registered: {', '.join(wrong)} is not that of this run")
 
 
-def _against_champion(
-    result: Result, registry: FolderRegistry, champion: str, verdict: Verdict, rules: EvaluationConfig
-) -> Verdict:
-    name = f"reward accuracy minus that of the champion {champion}"
-    tolerance = rules.champion_tolerance
+def _against_champion(result: Result, registry: FolderRegistry, champion: str, rules: EvaluationConfig) -> Rule:
+    """Return the rule on the champion; it does not apply to a result that is the champion."""
+    if champion == fingerprint.of_value(fingerprint.manifest(result.adapter))[:16]:
+        return Rule(name="champion", measured="this very model", wanted="another model", outcome="skipped")
     reigning = registry.version(champion)
     if reigning.base_model["fingerprint"] != result.source.fingerprint:
-        rule = Rule(name=name, measured="it has another base model", wanted="the same base model", outcome="undecided")
-    else:
-        scores = _common_scores(result, registry, reigning, rules)
-        difference = statistics.accuracy_difference(scores, CHALLENGER, CHAMPION, BASE, rules.seed)
-        rule = gate.above(name, difference, -tolerance)
-        if difference.low == -tolerance:
-            rule = rule.model_copy(update={"outcome": "passed"})
-    combined = [*verdict.rules, rule]
-    return Verdict(decision=gate.decide(combined), candidate=verdict.candidate, rules=combined)
+        measured, wanted = f"{champion} has another base model", "the same base model"
+        return Rule(name="champion", measured=measured, wanted=wanted, outcome="undecided")
+    scores = _with_champion(result, registry, reigning, rules)
+    # The split never moves a prompt: what is held out today was held out when the champion was trained.
+    unseen = np.ones(len(scores["prompt"]), bool)
+    evidence = gate.Evidence(
+        candidate=result.finetuning_type,
+        parent="sft" if result.finetuning_type == "dpo" else BASE,
+        scores=scores,
+        figures={},
+        champion=gate.Champion(champion, reigning.finetuning_type, unseen),
+    )
+    return gate.against_champion(evidence, rules)
 
 
-def _common_scores(
+def _with_champion(
     result: Result, registry: FolderRegistry, champion: Version, rules: EvaluationConfig
-) -> dict[str, statistics.Array]:
-    """Return challenger and champion on today's held-out pairs; the champion is scored anew where it never saw them."""
+) -> dict[str, Array]:
+    """Return the scores with the champion's on today's held-out pairs; it is scored anew where it never saw them."""
     ours = evaluation_job.load_scores(result.evaluation)
-    last = result.finetuning_type
-    scores = {
-        f"{new}/{side}": ours[f"{old}/{side}"]
-        for new, old in ((BASE, BASE), (CHALLENGER, last))
-        for side in ("chosen", "rejected")
-    }
     stored = registry.path(champion.id) / "evidence" / "evaluation"
-    theirs, theirs_name = evaluation_job.load_scores(stored), champion.finetuning_type
+    theirs, name = evaluation_job.load_scores(stored), champion.finetuning_type
     same_data = champion.data.get("split_fingerprint") == result.dataset.manifest.split_fingerprint
     same_template = champion.metrics["template_hash"] == evaluation_job.load_summary(result.evaluation).template_hash
     same_rows = len(theirs[f"{BASE}/chosen"]) == len(ours[f"{BASE}/chosen"])
     if not (same_data and same_template and same_rows):
-        theirs, theirs_name = _score_anew(result, registry.path(champion.id) / "model", rules), CHAMPION
-    scores |= {f"{CHAMPION}/{side}": np.asarray(theirs[f"{theirs_name}/{side}"]) for side in ("chosen", "rejected")}
-    return scores
+        theirs, name = _score_anew(result, registry.path(champion.id) / "model", rules), CHAMPION
+    return ours | {f"{CHAMPION}/{answer}": theirs[f"{name}/{answer}"] for answer in ANSWERS}
 
 
-def _score_anew(result: Result, model: Path, rules: EvaluationConfig) -> dict[str, statistics.Array]:
+def _score_anew(result: Result, model: Path, rules: EvaluationConfig) -> dict[str, Array]:
     job = evaluation_job.from_artifacts(
         result.base_model,
         result.source,
