@@ -5,9 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from preference_tuning.evaluation import metrics
 from preference_tuning.models import attention, chat, fused, head, scoring, tree
 from preference_tuning.models.chat import PairTokens
 
@@ -280,6 +282,33 @@ def test_losses_and_gradients_equal_stock_trl(tmp_path: Path, family: str, loss_
     exact = {"rewards/accuracies", "mean_token_accuracy", "num_tokens"}
     for name, theirs in stock_metrics.items():
         assert our_metrics[name] == pytest.approx(theirs, abs=1e-6 if name in exact else 1e-4), name
+
+
+def test_metrics_are_those_of_trl(tmp_path: Path) -> None:
+    """A stock DPO trainer's own evaluation, on pairs without a tie and in one batch."""
+    stock = trainer(tmp_path, adapted("Llama"), False, ["sigmoid"])
+    told = {name.removeprefix("eval_"): value for name, value in stock.evaluate().items()}
+    with torch.no_grad():
+        logps = logps_of(stock.model, shared=False).double().numpy()
+    n = np.arange(len(PAIRS))
+    scores = {
+        "prompt": n.astype(str),
+        **{f"{side}_tokens": np.array([float(len(pair[f"{side}_ids"])) for pair in PAIRS]) for side in metrics.ANSWERS},  # type: ignore[literal-required]
+        "dpo/chosen": logps[: len(n)],
+        "dpo/rejected": logps[len(n) :],
+        "sft/chosen": -10.0 - n,
+        "sft/rejected": -12.0 + n,
+    }
+    ours = metrics.figures(scores, {"dpo": "sft"}, beta=0.3, seed=0)["dpo"]
+    names = [
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "rewards/rejected",
+        "logps/chosen",
+        "logps/rejected",
+    ]
+    assert {name: ours[name].value for name in names} == pytest.approx({name: told[name] for name in names}, abs=1e-4)
 
 
 def test_only_one_adapter_is_kept(tmp_path: Path) -> None:
