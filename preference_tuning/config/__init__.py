@@ -4,6 +4,8 @@ Imports neither torch nor zenml, so that a typo is answered at once.
 """
 
 from preference_tuning.config.data import Columns, DataConfig, Origin, Problems, SFTSourceConfig, SourceConfig
+from preference_tuning.config.harness import HarnessConfig
+from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.schema import (
     BaseModelConfig,
@@ -24,6 +26,8 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
+    "HarnessConfig",
+    "JudgeConfig",
     "LoraConfig",
     "Origin",
     "Problems",

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from preference_tuning.config.data import DataConfig
+from preference_tuning.config.harness import HarnessConfig
+from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.section import Name, Section, Share, Text
 from preference_tuning.config.training import TrainingConfig
 from preference_tuning.errors import ConfigError
@@ -181,6 +183,9 @@ class EvaluationConfig(Section):
     champion_tolerance: float = Field(0.02, ge=0, lt=1)
     """A challenger may be below the champion's reward accuracy by at most this, at the interval's lower end."""
     seed: int = Field(42, ge=0)
+    judge: JudgeConfig | None = None
+    """None: no judge is asked, and no win rate is shown."""
+    lm_eval: HarnessConfig | None = None
 
 
 class RegistryConfig(Section):
