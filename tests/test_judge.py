@@ -305,7 +305,7 @@ def test_a_judge_that_cannot_be_asked_is_an_error(
 def test_nobody_there(tmp_path: Path) -> None:
     with endpoint(on_merit) as there:
         pass
-    with pytest.raises(PreferenceTuningError, match="failed 3 times, at last with: .*the same command continues"):
+    with pytest.raises(PreferenceTuningError, match=r"failed 3 times, at last with: .*the same command continues"):
         judge.compare(pairs(1), settings(there), tmp_path)
 
 

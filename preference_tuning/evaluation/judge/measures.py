@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from preference_tuning.evaluation import statistics
 from preference_tuning.evaluation.judge.comparison import Judged, Opinion
@@ -20,8 +20,9 @@ missing by chance."""
 RESAMPLES = 1000
 """Of the length-controlled win rate, whose every resample is a fit."""
 
-STEEPEST = 10.0
-"""Bound of both coefficients of that fit; wins that length separates perfectly would let them grow for ever."""
+RIDGE = 0.01
+"""Penalty on both coefficients of that fit, against hundreds of comparisons: nothing, except where length separates
+wins from losses perfectly and they would grow for ever."""
 
 
 def of_comparisons(judged: Judged, seed: int) -> dict[str, Figure]:
@@ -84,15 +85,16 @@ def length_controlled(judged: Judged, seed: int) -> Figure:
         return exactly(math.nan)
     lengths = np.tanh(differences / spread)
     names, group_of = np.unique([opinion.group for opinion in opinions], return_inverse=True)
+    everyone = np.arange(len(names))
+    fitted = _fit(wins, lengths, np.ones(len(wins)), np.zeros(2))
+    value = float(special.expit(fitted[0]))
+    if len(names) < 2:
+        return exactly(value)
 
     def rate(drawn: Any) -> float:
         weights = np.bincount(drawn, minlength=len(names))[group_of].astype(np.float64)
-        return _rate_at_equal_length(wins, lengths, weights)
+        return float(special.expit(_fit(wins, lengths, weights, fitted)[0]))
 
-    everyone = np.arange(len(names))
-    value = rate(everyone)
-    if len(names) < 2:
-        return exactly(value)
     interval = stats.bootstrap(
         (everyone,),
         rate,
@@ -105,15 +107,18 @@ def length_controlled(judged: Judged, seed: int) -> Figure:
     return Figure(value=value, low=float(interval.low), high=float(interval.high))
 
 
-def _rate_at_equal_length(wins: Array, lengths: Array, weights: Array) -> float:
-    def loss(coefficients: Array) -> tuple[float, Array]:
-        logits = coefficients[0] + coefficients[1] * lengths
-        losses = np.logaddexp(0, logits) - wins * logits
-        residuals = weights * (1 / (1 + np.exp(-logits)) - wins)
-        return float(weights @ losses), np.array([residuals.sum(), residuals @ lengths])
+def _fit(wins: Array, lengths: Array, weights: Array, start: Array) -> Array:
+    """Return the coefficients of the logistic regression of wins on a constant and on lengths."""
+    features = np.stack([np.ones(len(lengths)), lengths])
 
-    fitted = optimize.minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-STEEPEST, STEEPEST)] * 2)
-    return float(1 / (1 + math.exp(-fitted.x[0])))
+    def gradient(coefficients: Array) -> tuple[Array, Array]:
+        expected = special.expit(coefficients @ features)
+        slopes = features @ (weights * (expected - wins)) + RIDGE * coefficients
+        curvature = (features * (weights * expected * (1 - expected))) @ features.T + RIDGE * np.eye(2)
+        return slopes, curvature
+
+    coefficients: Array = optimize.root(gradient, start, jac=True).x
+    return coefficients
 
 
 def _usable(judged: Judged) -> list[Opinion]:
