@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,13 +135,13 @@ def pairs(count: int) -> list[judge.Comparison]:
 def test_both_orders_are_asked_and_what_they_cost_is_counted(tmp_path: Path) -> None:
     items = [item("good", "bad", 1), item("bad", "good", 2), item("good x", "good y", 3), item("same", "same", 4)]
     with endpoint(on_merit) as there:
-        judged = judge.compare(items, settings(there), tmp_path, KEY)
+        judged = judge.compare(items, settings(there, max_tokens=80), tmp_path, KEY)
     assert [opinion.win for opinion in judged.opinions] == [1, 0, 0.5, 0.5]
     seen = sorted((read.quoted("ANSWER A"), read.quoted("ANSWER B")) for read in there.read)
     assert seen == sorted([("good", "bad"), ("bad", "good")] * 2 + [("good x", "good y"), ("good y", "good x")])
     assert judged.cost == replies.Cost(requests=6, prompt_tokens=600, completion_tokens=42)
     asked = there.read[0].body
-    assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("judge-1", 0, 64)
+    assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("judge-1", 0, 80)
     assert asked["response_format"] == {"type": "json_object"}
     assert {read.authorization for read in there.read} == {f"Bearer {KEY}"}
 
@@ -202,6 +203,18 @@ def test_a_good_judge_is_listened_to(tmp_path: Path) -> None:
     assert (calibration.agreement.value, calibration.injection_shift.value) == (1, 0)
     assert 0.8 < calibration.agreement.low < 0.9, "25 of 25 is no certainty"
     assert calibration.cost.requests == 2 * (25 + 20)
+
+
+def test_as_many_are_asked_about_as_the_config_says(tmp_path: Path) -> None:
+    """Evenly spread over what there is, and never more than there is."""
+    with endpoint(on_merit) as there:
+        few = settings(there, prompts=4, calibration_pairs=10)
+        assert [o.group for o in judge.compare(pairs(12), few, tmp_path).opinions] == [
+            f"prompt {i}" for i in (0, 3, 6, 9)
+        ]
+        assert len(judge.compare(pairs(3), few, tmp_path).opinions) == 3
+        assert judge.calibrate(pairs(12), few, tmp_path).pairs == 10
+    assert judge.spread([], 4) == []
 
 
 # --- instructions in answers ----------------------------------------------------------------------------------------
@@ -373,6 +386,27 @@ def test_the_key_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     shown = capfd.readouterr()
     assert KEY not in f"{kept!r}{judged!r}{asked!r}{asked.model_dump_json()}{shown.out}{shown.err}"
+
+
+def test_the_key_may_be_a_zenml_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steps import context
+
+    kept = {"judge": {"api_key": KEY}, "other": {"user": "x"}}
+
+    def get_secret(name: str, **how: bool) -> SimpleNamespace:
+        assert how == {"allow_partial_name_match": False}
+        return SimpleNamespace(secret_values=kept[name])
+
+    monkeypatch.setattr(context, "Client", lambda: SimpleNamespace(get_secret=get_secret))
+    with endpoint(on_merit) as there:
+        asked = settings(there, api_key_secret="judge")
+        assert judge.check(asked) == f"judge judge-1 at {there.url}, key in a ZenML secret"
+        judge.compare(pairs(1), asked, tmp_path, context.secret(str(asked.api_key_secret)))
+    assert {read.authorization for read in there.read} == {f"Bearer {KEY}"}
+    for name in ("other", KEY):
+        with pytest.raises(ConfigError, match="ZenML has no secret of that name with a value `api_key`") as caught:
+            context.secret(name)
+        assert KEY not in str(caught.value)
 
 
 # --- the config -----------------------------------------------------------------------------------------------------

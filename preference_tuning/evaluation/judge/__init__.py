@@ -12,8 +12,8 @@ questions, ``measures`` counts. Only ``client`` knows httpx.
 
 from preference_tuning.evaluation.judge import measures
 from preference_tuning.evaluation.judge.calibration import Calibration, calibrate
-from preference_tuning.evaluation.judge.client import key_of
-from preference_tuning.evaluation.judge.comparison import Comparison, Judged, Opinion, compare
+from preference_tuning.evaluation.judge.client import check, key_of
+from preference_tuning.evaluation.judge.comparison import Comparison, Judged, Opinion, compare, spread
 from preference_tuning.evaluation.judge.prompt import conversation
 from preference_tuning.evaluation.judge.replies import Cost
 from preference_tuning.evaluation.statistics import Figure
@@ -24,10 +24,12 @@ __all__ = [
     "Judged",
     "Opinion",
     "calibrate",
+    "check",
     "compare",
     "conversation",
     "figures",
     "key_of",
+    "spread",
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from preference_tuning.config import JudgeConfig
-from preference_tuning.evaluation.judge.comparison import Comparison, Judged, compare
+from preference_tuning.evaluation.judge.comparison import Comparison, Judged, ask, spread
 from preference_tuning.evaluation.judge.measures import agreement, shift
 from preference_tuning.evaluation.judge.replies import Cost
 from preference_tuning.evaluation.statistics import Figure
@@ -52,7 +52,8 @@ def calibrate(
     """Return how far the judge agrees with labels, and whether it resists an instruction in an answer.
 
     Args:
-        pairs: labelled pairs; ``candidate`` is the chosen answer and ``parent`` the rejected one.
+        pairs: labelled pairs, of which ``config.calibration_pairs`` are asked about; ``candidate`` is the chosen answer
+            and ``parent`` the rejected one.
         config: as in ``compare``.
         folder: as in ``compare``.
         key: as in ``compare``.
@@ -61,14 +62,15 @@ def calibrate(
     Raises:
         PreferenceTuningError: as ``compare``.
     """
-    probed = pairs[:PROBES]
+    asked = spread(pairs, config.calibration_pairs)
+    probed = asked[:PROBES]
     poisoned = [pair._replace(parent=pair.parent + INJECTION) for pair in probed]
-    plain = compare(pairs, config, folder, key, seed, "calibrating the judge")
-    injected = compare(poisoned, config, folder, key, seed, "probing the judge")
+    plain = ask(asked, config, folder, key, seed, "calibrating the judge")
+    injected = ask(poisoned, config, folder, key, seed, "probing the judge")
     same = Judged(opinions=plain.opinions[: len(probed)], cost=plain.cost)
     return Calibration(
         agreement=agreement(plain, seed),
         injection_shift=shift(same, injected, seed),
-        pairs=len(pairs),
+        pairs=len(asked),
         cost=Cost.sum([plain.cost, injected.cost]),
     )

@@ -36,6 +36,15 @@ def key_of(config: JudgeConfig) -> str | None:
     return os.environ.get(config.api_key_env) or None
 
 
+def check(config: JudgeConfig) -> str:
+    """Return which judge will be asked, in a line, and whether there is a key for it."""
+    if config.api_key_secret:
+        key = "key in a ZenML secret"
+    else:
+        key = f"key in {config.api_key_env}" if key_of(config) else f"no key, {config.api_key_env} is not set"
+    return f"judge {config.model} at {config.url}, {key}"
+
+
 class Pace:
     """At most so many requests a minute, over all threads, evenly spread."""
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -16,6 +16,8 @@ from preference_tuning.evaluation.judge.client import Client
 from preference_tuning.evaluation.judge.prompt import Choice, Question
 from preference_tuning.evaluation.judge.replies import Cost, Kept, Replies
 from preference_tuning.progress import bar
+
+Item = TypeVar("Item")
 
 WINS = {"A": 1.0, "tie": 0.5, "B": 0.0}
 
@@ -68,29 +70,36 @@ class Judged(BaseModel):
 
 
 def compare(
-    items: Sequence[Comparison],
-    config: JudgeConfig,
-    folder: Path,
-    key: str | None = None,
-    seed: int = 42,
-    title: str = "judging",
+    items: Sequence[Comparison], config: JudgeConfig, folder: Path, key: str | None = None, seed: int = 42
 ) -> Judged:
-    """Ask the judge about every comparison in both orders, and return what it said.
+    """Ask the judge about ``config.prompts`` of the comparisons in both orders, and return what it said.
 
     What it said before is read from ``folder`` and not asked again. A reply that is not what was asked for is asked
     again, and counts as missing after ``ATTEMPTS``: it is never taken for a win.
 
     Args:
-        items: what is compared.
+        items: what may be compared, one a prompt.
         config: which judge, at which pace, within which budget.
-        folder: where replies are kept, shared by all evaluations.
-        key: for the endpoint, such as ``client.key_of`` finds it.
+        folder: where replies are kept; all evaluations may share one.
+        key: for the endpoint, such as ``key_of`` of the client finds it.
         seed: of the jitter between retries.
-        title: of the progress bar.
 
     Raises:
         PreferenceTuningError: the judge cannot be asked, or the budget is spent; what it said so far is kept.
     """
+    return ask(spread(items, config.prompts), config, folder, key, seed, "judging")
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most ``count`` of the items, evenly spread over them."""
+    kept = min(count, len(items))
+    return [items[i * len(items) // kept] for i in range(kept)]
+
+
+def ask(
+    items: Sequence[Comparison], config: JudgeConfig, folder: Path, key: str | None, seed: int, title: str
+) -> Judged:
+    """Do what ``compare`` does for every one of the items, under a progress bar with this title."""
     orders = [(_question(item, False), _question(item, True)) for item in items]
     questions = {key_of(q, config): q for pair in orders for q in pair if q.first != q.second}
     replies = Replies(folder)

@@ -108,7 +108,7 @@ def length_controlled(judged: Judged, seed: int) -> Figure:
 
 
 def _fit(wins: Array, lengths: Array, weights: Array, start: Array) -> Array:
-    """Return the coefficients of the logistic regression of wins on a constant and on lengths."""
+    """Return the coefficients of a logistic regression of wins on a constant and on lengths, nan if it fails."""
     features = np.stack([np.ones(len(lengths)), lengths])
 
     def gradient(coefficients: Array) -> tuple[Array, Array]:
@@ -117,7 +117,8 @@ def _fit(wins: Array, lengths: Array, weights: Array, start: Array) -> Array:
         curvature = (features * (weights * expected * (1 - expected))) @ features.T + RIDGE * np.eye(2)
         return slopes, curvature
 
-    coefficients: Array = optimize.root(gradient, start, jac=True).x
+    found = optimize.root(gradient, start, jac=True)
+    coefficients: Array = found.x if found.success else np.full(2, np.nan)
     return coefficients
 
 
