@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from preference_tuning import config
-from preference_tuning.config import JudgeConfig
+from preference_tuning.config import HarnessConfig, JudgeConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation import judge
 from preference_tuning.evaluation.judge import client, measures, prompt, replies
@@ -198,7 +198,7 @@ def test_too_many_missing_replies_void_the_rest(tmp_path: Path) -> None:
 
 def test_a_good_judge_is_listened_to(tmp_path: Path) -> None:
     with endpoint(on_merit) as there:
-        calibration = judge.calibrate(pairs(25), settings(there), tmp_path)
+        calibration = judge.calibrate(pairs(25), settings(there, calibration_pairs=25), tmp_path)
     assert calibration.calibrated
     assert (calibration.agreement.value, calibration.injection_shift.value) == (1, 0)
     assert 0.8 < calibration.agreement.low < 0.9, "25 of 25 is no certainty"
@@ -507,3 +507,16 @@ def test_the_length_controlled_rate_finds_what_length_hides() -> None:
 )
 def test_the_length_controlled_rate_at_the_edges(said: list[Any], expected: float) -> None:
     assert measures.length_controlled(opinions(*said), 0).value == pytest.approx(expected, nan_ok=True, abs=1e-6)
+
+
+def test_the_documentation_has_every_setting_with_its_default() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "judge.md").read_text(encoding="utf-8")
+    for section in (JudgeConfig, HarnessConfig):
+        name = {JudgeConfig: "judge", HarnessConfig: "lm_eval"}[section]
+        table = text.partition(f"| field of `evaluation.{name}` | default |")[2].partition("\n\n")[0]
+        told = dict(re.findall(r"^\| `(\w+)` \| `?([^|`]+)`? \|", table, re.M))
+        defaults = {
+            field: "required" if info.is_required() else info.default for field, info in section.model_fields.items()
+        }
+        words = {field: "none" if default is None else str(default) for field, default in defaults.items()}
+        assert told == words | ({"num_fewshot": "the task's own"} if section is HarnessConfig else {})
