@@ -60,7 +60,7 @@ PROVED_BY = {
     "evaluation.judge.url": "test_judge.py::test_both_orders_are_asked_and_what_they_cost_is_counted",
     "evaluation.judge.model": "test_judge.py::test_both_orders_are_asked_and_what_they_cost_is_counted",
     "evaluation.judge.api_key_env": "test_judge.py::test_the_key_is_nowhere",
-    "evaluation.judge.api_key_secret": "test_judge.py::test_the_key_may_be_a_zenml_secret",
+    "evaluation.judge.api_key_secret": "test_settings_world.py::test_the_judges_key_may_be_a_zenml_secret",
     "evaluation.judge.prompts": "test_judge.py::test_as_many_are_asked_about_as_the_config_says",
     "evaluation.judge.calibration_pairs": "test_judge.py::test_as_many_are_asked_about_as_the_config_says",
     "evaluation.judge.requests_per_minute": "test_judge.py::test_requests_keep_their_pace_and_go_side_by_side",
