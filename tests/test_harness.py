@@ -147,7 +147,11 @@ def test_every_model_is_given_to_the_harness(tmp_path: Path, tiny_model: Path, s
 
 def test_edited_tasks_are_other_work(tmp_path: Path, tiny_model: Path) -> None:
     folder = task_folder(tmp_path / "tasks")
-    job = work(tmp_path, tiny_model)
+    base_model = BaseModelConfig(source=str(tiny_model))
+    job = harness.HarnessJob(
+        config=HarnessConfig(tasks=("pairs",), include_path=str(folder)), base_model=base_model,
+        source=locate(base_model), adapters={}, adapter_hashes={}, batch_size=4, seed=7, output_dir=tmp_path,
+    )  # fmt: skip
     before = job.identity()
     assert job.model_copy(update={"output_dir": Path("elsewhere")}).identity() == before
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}), encoding="utf-8")

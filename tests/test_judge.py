@@ -101,8 +101,9 @@ def settings(there: Endpoint, **changes: Any) -> JudgeConfig:
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LONGEST_BACKOFF", 0.02)
+    monkeypatch.setattr(measures, "RESAMPLES", 200)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -327,6 +328,9 @@ def test_a_stopped_evaluation_goes_on_behind_its_replies(tmp_path: Path) -> None
         with pytest.raises(PreferenceTuningError, match="535 tokens are spent of 500"):
             judge.compare(pairs(10), settings(there, concurrency=1, max_total_tokens=500), tmp_path)
         assert len(there.read) == 5
+        before = replies.Cost(requests=1, prompt_tokens=400, completion_tokens=70)
+        with pytest.raises(PreferenceTuningError, match="1005 tokens are spent of 600"):
+            judge.compare(pairs(10), settings(there, max_total_tokens=600), tmp_path, spent=before)
         kept = tmp_path / replies.FILE
         kept.write_bytes(kept.read_bytes()[:-20])
         judged = judge.compare(pairs(10), settings(there), tmp_path)
@@ -449,8 +453,7 @@ def test_figures_by_hand() -> None:
     )
 
 
-def test_swapping_the_models_mirrors_the_win_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "RESAMPLES", 100)
+def test_swapping_the_models_mirrors_the_win_rates() -> None:
     rng = np.random.default_rng(0)
     said = [(*rng.choice(["A", "B", "tie"], 2).tolist(), int(rng.integers(-50, 50)), f"p{i}") for i in range(60)]
     turned = [(second, first, -d, group) for first, second, d, group in said]

@@ -35,7 +35,7 @@ class JudgeConfig(Section):
     max_tokens: int = Field(64, ge=8, le=100_000)
     """Of a reply; a judge that thinks aloud needs more."""
     max_total_tokens: int | None = Field(None, ge=1)
-    """Most tokens, read and written, that the comparisons or the calibration may cost; then the evaluation stops."""
+    """Most tokens, read and written, that an evaluation may spend on the judge; then it stops."""
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,7 @@
     labelled = [judge.Comparison(...), ...]   chosen and rejected answers of held-out pairs
     answers = [judge.Comparison(...), ...]    the candidate's and its parent's answers to held-out prompts
     calibration = judge.calibrate(labelled, config, folder, key)
-    judged = judge.compare(answers, config, folder, key)
+    judged = judge.compare(answers, config, folder, key, spent=calibration.cost)
     figures = judge.figures(judged, calibration, seed)
 
 ``prompt`` is what it reads, ``client`` asks, ``replies`` keeps what it said, ``comparison`` and ``calibration`` put the

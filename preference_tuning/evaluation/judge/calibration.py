@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from preference_tuning.config import JudgeConfig
 from preference_tuning.evaluation.judge.comparison import Comparison, Judged, ask, spread
 from preference_tuning.evaluation.judge.measures import agreement, shift
-from preference_tuning.evaluation.judge.replies import Cost
+from preference_tuning.evaluation.judge.replies import NOTHING, Cost
 from preference_tuning.evaluation.statistics import Figure
 
 PROBES = 20
@@ -65,8 +65,8 @@ def calibrate(
     asked = spread(pairs, config.calibration_pairs)
     probed = asked[:PROBES]
     poisoned = [pair._replace(parent=pair.parent + INJECTION) for pair in probed]
-    plain = ask(asked, config, folder, key, seed, "calibrating the judge")
-    injected = ask(poisoned, config, folder, key, seed, "probing the judge")
+    plain = ask(asked, config, folder, key, seed, NOTHING, "calibrating the judge")
+    injected = ask(poisoned, config, folder, key, seed, plain.cost, "probing the judge")
     same = Judged(opinions=plain.opinions[: len(probed)], cost=plain.cost)
     return Calibration(
         agreement=agreement(plain, seed),

@@ -14,7 +14,7 @@ from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation.judge import prompt
 from preference_tuning.evaluation.judge.client import Client
 from preference_tuning.evaluation.judge.prompt import Choice, Question
-from preference_tuning.evaluation.judge.replies import Cost, Kept, Replies
+from preference_tuning.evaluation.judge.replies import NOTHING, Cost, Kept, Replies
 from preference_tuning.progress import bar
 
 Item = TypeVar("Item")
@@ -70,7 +70,12 @@ class Judged(BaseModel):
 
 
 def compare(
-    items: Sequence[Comparison], config: JudgeConfig, folder: Path, key: str | None = None, seed: int = 42
+    items: Sequence[Comparison],
+    config: JudgeConfig,
+    folder: Path,
+    key: str | None = None,
+    seed: int = 42,
+    spent: Cost = NOTHING,
 ) -> Judged:
     """Ask the judge about ``config.prompts`` of the comparisons in both orders, and return what it said.
 
@@ -83,11 +88,12 @@ def compare(
         folder: where replies are kept; all evaluations may share one.
         key: for the endpoint, such as ``key_of`` of the client finds it.
         seed: of the jitter between retries.
+        spent: what counts towards the budget already, such as the calibration.
 
     Raises:
         PreferenceTuningError: the judge cannot be asked, or the budget is spent; what it said so far is kept.
     """
-    return ask(spread(items, config.prompts), config, folder, key, seed, "judging")
+    return ask(spread(items, config.prompts), config, folder, key, seed, spent, "judging")
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -97,13 +103,19 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def ask(
-    items: Sequence[Comparison], config: JudgeConfig, folder: Path, key: str | None, seed: int, title: str
+    items: Sequence[Comparison],
+    config: JudgeConfig,
+    folder: Path,
+    key: str | None,
+    seed: int,
+    spent: Cost,
+    title: str,
 ) -> Judged:
     """Do what ``compare`` does for every one of the items, under a progress bar with this title."""
     orders = [(_question(item, False), _question(item, True)) for item in items]
     questions = {key_of(q, config): q for pair in orders for q in pair if q.first != q.second}
     replies = Replies(folder)
-    _Asking(questions, config, replies).run(key, seed, title)
+    _Asking(questions, config, replies, spent).run(key, seed, title)
     said = [[replies.choice(key_of(q, config)) for q in pair] for pair in orders]
     opinions = [_opinion(item, *choices) for item, choices in zip(items, said, strict=True)]
     return Judged(opinions=opinions, cost=replies.cost(questions))
@@ -134,9 +146,9 @@ def _opinion(item: Comparison, candidate_first: Choice | None, candidate_second:
 class _Asking:
     """The questions that are still open, asked by several threads until one of them fails."""
 
-    def __init__(self, questions: Mapping[str, Question], config: JudgeConfig, replies: Replies) -> None:
+    def __init__(self, questions: Mapping[str, Question], config: JudgeConfig, replies: Replies, spent: Cost) -> None:
         self._questions, self._config, self._replies = questions, config, replies
-        self._spent = replies.cost(questions)
+        self._spent = Cost.sum([spent, replies.cost(questions)])
         self._lock = threading.Lock()
 
     def run(self, key: str | None, seed: int, title: str) -> None:

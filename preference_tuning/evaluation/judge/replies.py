@@ -54,6 +54,9 @@ class Cost(BaseModel):
         )
 
 
+NOTHING = Cost(requests=0, prompt_tokens=0, completion_tokens=0)
+
+
 def _sum(counts: Iterable[int | None]) -> int | None:
     known = list(counts)
     return None if None in known else sum(count for count in known if count is not None)
