@@ -6,6 +6,7 @@ from pathlib import Path
 from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
 from preference_tuning.errors import ConfigError, PreferenceTuningError
+from preference_tuning.evaluation import harness, judge
 from preference_tuning.models.compute import check_packages
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
@@ -28,6 +29,7 @@ def check(config: RunConfig) -> str:
         ("model", _model),
         ("training", _training),
         ("data", _data),
+        ("judges", _judges),
         ("outputs", _outputs),
         ("registry", _registry),
         ("tracking", _tracking),
@@ -83,6 +85,14 @@ def _found(config: RunConfig) -> ModelSource | None:
         return locate(config.base_model)
     except ConfigError:
         return None
+
+
+def _judges(config: RunConfig) -> str:
+    """Say who is asked beside the held-out pairs: a judge, lm-evaluation-harness."""
+    evaluation = config.evaluation
+    asked = [judge.check(evaluation.judge)] if evaluation.judge else []
+    asked += [harness.check(evaluation.lm_eval)] if evaluation.lm_eval else []
+    return "; ".join(asked) or "none"
 
 
 def _outputs(config: RunConfig) -> str:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zenml import get_step_context
+from zenml.client import Client
 
 from preference_tuning.config import RunConfig
+from preference_tuning.errors import ConfigError
 from preference_tuning.tracking.comet import CometRun
 
 
@@ -43,3 +45,19 @@ def current_run() -> Run:
         config=RunConfig.model_validate(run.config.parameters),
         fresh=run.config.enable_cache is False,
     )
+
+
+def secret(name: str) -> str:
+    """Return the value ``api_key`` of a ZenML secret.
+
+    Raises:
+        ConfigError: there is no such secret, or it has no such value. The name is not repeated: it may be a key by
+            mistake.
+    """
+    try:
+        return Client().get_secret(name, allow_partial_name_match=False).secret_values["api_key"]
+    except (KeyError, NotImplementedError):
+        raise ConfigError(
+            "api_key_secret: ZenML has no secret of that name with a value `api_key`; make it with "
+            "`zenml secret create NAME --api_key=...`"
+        ) from None

@@ -12,7 +12,9 @@ LIBRARY = ROOT / "preference_tuning"
 OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
+    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py"},
     "huggingface_hub": {"hub.py"},
+    "lm_eval": {"evaluation/harness.py"},
     "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),
     "liger_kernel": {"models/kernels.py"},
@@ -35,7 +37,7 @@ ROOMS = {
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
-    "preflight": GROUND | {"data", "models", "tracking", "registry"},
+    "preflight": GROUND | {"data", "models", "tracking", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
 }
 

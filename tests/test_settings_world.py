@@ -256,6 +256,30 @@ def test_an_evaluation_is_the_one_asked_for(tmp_path: Path, tiny_model: Path, mo
         assert found.models["base"]["nll/chosen"].low == pytest.approx(by_hand[settings["seed"] - 1])
 
 
+def test_the_judges_key_may_be_a_zenml_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    from preference_tuning.evaluation import judge
+    from steps import context
+
+    key = "sk-canary-4f1d9b"
+    kept = {"judge": {"api_key": key}, "other": {"user": "x"}}
+
+    def get_secret(name: str, **how: bool) -> SimpleNamespace:
+        assert how == {"allow_partial_name_match": False}
+        return SimpleNamespace(secret_values=kept[name])
+
+    monkeypatch.setattr(context, "Client", lambda: SimpleNamespace(get_secret=get_secret))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    asked = {"url": "http://localhost/v1", "model": "m"}
+    assert judge.check(config.JudgeConfig(**asked)).endswith("no key, OPENAI_API_KEY is not set")
+    named = config.JudgeConfig(**asked, api_key_secret="judge")
+    assert judge.check(named) == "judge m at http://localhost/v1, key in a ZenML secret"
+    assert context.secret(str(named.api_key_secret)) == key
+    for name in ("other", key):
+        with pytest.raises(ConfigError, match="ZenML has no secret of that name with a value `api_key`") as caught:
+            context.secret(name)
+        assert key not in str(caught.value)
+
+
 # --- places and tracking --------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ Imports neither torch nor zenml, so that a typo is answered at once.
 
 from preference_tuning.config.data import Columns, DataConfig, Origin, Problems, SFTSourceConfig, SourceConfig
 from preference_tuning.config.evaluation import EvaluationConfig, GateConfig
+from preference_tuning.config.harness import HarnessConfig
+from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.schema import (
     BaseModelConfig,
@@ -25,6 +27,8 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "GateConfig",
+    "HarnessConfig",
+    "JudgeConfig",
     "LoraConfig",
     "Origin",
     "Problems",

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from preference_tuning.config.harness import HarnessConfig
+from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.section import Section
 
 Primary = Literal[
@@ -49,3 +51,6 @@ class EvaluationConfig(Section):
     seed: int = Field(42, ge=0)
     """Of the bootstrap's resamples."""
     gate: GateConfig = GateConfig()
+    judge: JudgeConfig | None = None
+    """None: no judge is asked, and no win rate is shown."""
+    lm_eval: HarnessConfig | None = None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.schema import RunConfig
-from preference_tuning.config.section import Section
+from preference_tuning.config.section import UNSHOWN, Section
 from preference_tuning.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -316,6 +316,8 @@ def _explain(item: Any, loc: KeyPath) -> str:
         return _unknown(key, _fields(loc[:-1]))
     if item["type"] == "missing":
         return "is required"
+    if item["type"] == UNSHOWN:
+        return str(item["msg"])
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
         message = "must start with a letter or digit and hold only letters, digits, '.', '_' and '-' (96 at most)"

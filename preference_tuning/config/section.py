@@ -1,12 +1,15 @@
 """What all sections of a run config have in common."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+UNSHOWN: Final = "unshown"
+"""The type of an error whose message must not show the value, because it may be a key."""
 
 
 class Section(BaseModel):
