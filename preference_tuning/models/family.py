@@ -36,15 +36,15 @@ class Family:
         """
         self._where = config, source, output_dir, compute
         self._tuned = tuned
-        self._share = all(map(weights.is_adapter, tuned.values()))
+        self.shares = all(map(weights.is_adapter, tuned.values()))
         self._loaded: str | None = None
-        self.base = loading.load_base(*self._where, full=not self._share)
-        self._model: Any = loading.load_adapters(self.base, tuned) if self._share else self.base.model.eval()
+        self.base = loading.load_base(*self._where, full=not self.shares)
+        self._model: Any = loading.load_adapters(self.base, tuned) if self.shares else self.base.model.eval()
 
     @contextmanager
     def member(self, name: str | None) -> Iterator[Any]:
         """Yield the tuned model of this name, or the base model for None; it is that model until the context ends."""
-        if not self._share:
+        if not self.shares:
             self._load(name)
             yield self._model
         elif name is None:

@@ -1,13 +1,44 @@
 """The head of a language model on chosen positions: log-probabilities of given tokens, never whole logits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HEAD_TILE = 128
 """Answer tokens whose logits exist at once."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer of a language model, from hidden states to logits."""
+
+    weight: Tensor
+    """[V, H]."""
+    bias: Tensor | None
+    softcap: float | None
+    scale: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head":
+        """Return the head of a causal language model, or of the one inside a PeftModel."""
+        causal_lm = unwrap(model)
+        layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(layer.weight, layer.bias, softcap, getattr(config, "logit_scale", None))
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the logits [n, V] in fp32 of hidden states [n, H]; the product is in ``dtype``."""
+        product = hidden.to(dtype) @ self.weight.to(dtype).T
+        return _finish_logits(product, self.bias, self.softcap, self.scale).float()
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Return the causal language model inside a PeftModel, or the model itself."""
+    inner: Any = model
+    return inner.get_base_model() if hasattr(model, "peft_config") else model
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -64,6 +95,37 @@ class _HeadLogProbs(torch.autograd.Function):
             return (*_trained_head(ctx, grads[0]), None, None, None, None)
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0][:, None]).to(ctx.dtypes[0]), None, None, None, None, None, None
+
+
+def compare_heads(
+    states: Mapping[str, tuple[Tensor, Head]], references: Mapping[str, str], targets: Tensor, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the log-probabilities [N] of the targets under several models, and the divergences from references.
+
+    A divergence is KL(model || reference) of the two predictions over the whole vocabulary, in nats, [N] fp32. Needs no
+    gradient.
+
+    Args:
+        states: of each model, its hidden states [N, H] at the answer tokens, and its head.
+        references: the reference of each model that has one; both are in ``states``.
+        targets: [N] the answer tokens.
+        dtype: precision of the matrix products.
+    """
+    logps = {name: targets.new_empty(len(targets), dtype=torch.float32) for name in states}
+    divergences = {name: targets.new_empty(len(targets), dtype=torch.float32) for name in references}
+    for tile in _tiles(targets):
+        logits, odds, normalisers = {}, {}, {}
+        for name, (hidden, head) in states.items():
+            logits[name] = head.logits(hidden[tile], dtype)
+            largest = logits[name].amax(-1, keepdim=True)
+            odds[name] = (logits[name] - largest).exp_()
+            normalisers[name] = (largest + odds[name].sum(-1, keepdim=True).log())[:, 0]
+            logps[name][tile] = logits[name].gather(-1, targets[tile, None])[:, 0] - normalisers[name]
+        for name, other in references.items():
+            gain = torch.linalg.vecdot(odds[name], logits[name].sub(logits[other])) / odds[name].sum(-1)
+            # Rounding may leave a hair below zero of what is never negative.
+            divergences[name][tile] = (gain - normalisers[name] + normalisers[other]).clamp_(min=0)
+    return logps, divergences
 
 
 def _tiles(targets: Tensor) -> Iterator[slice]:

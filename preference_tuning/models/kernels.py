@@ -3,7 +3,7 @@
 from typing import Any
 
 from preference_tuning.errors import ConfigError
-from preference_tuning.models import scoring
+from preference_tuning.models import head
 
 
 def apply_liger(model: Any) -> bool:
@@ -33,4 +33,4 @@ def compile_decoder(model: Any) -> None:
     The head stays out of it: how many answer tokens it is applied to differs from batch to batch. ``TrainingArguments.
     torch_compile`` would wrap the whole model instead, and a forward that unwraps it then compiles nothing.
     """
-    scoring.unwrap(model).base_model.compile(dynamic=True)
+    head.unwrap(model).base_model.compile(dynamic=True)

@@ -16,7 +16,7 @@ from preference_tuning.progress import bar
 
 @dataclass
 class TokenRows:
-    """Rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``length`` and ``cut``; what was dropped and cut."""
+    """Rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``length``, ``cut`` and the pair's ``content``."""
 
     rows: datasets.Dataset
     dropped: int
@@ -83,8 +83,11 @@ def _encode(
         )
         for i in range(len(batch["prompt"]))
     ]
-    encoded = [row for row in chat.encode(tokenizer, conversations, room) if isinstance(row, chat.Encoded)]
+    found = list(chat.encode(tokenizer, conversations, room))
+    kept = [i for i, row in enumerate(found) if isinstance(row, chat.Encoded)]
+    encoded = [row for row in found if isinstance(row, chat.Encoded)]
     return {
+        "content": [batch["content"][i] for i in kept],
         "prompt_ids": [row.prompt_ids for row in encoded],
         "chosen_ids": [row.answer_ids[0] for row in encoded],
         "rejected_ids": [row.answer_ids[1] if answers == 2 else [] for row in encoded],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from preference_tuning.models import attention, tree
 from preference_tuning.models.chat import PairTokens
-from preference_tuning.models.head import head_scores
+from preference_tuning.models.head import Head, head_scores, unwrap
 
 
 @dataclass
@@ -132,6 +132,13 @@ def token_scores(model: nn.Module, rows: Rows, dtype: torch.dtype) -> TokenScore
         rows: the batch, on the model's device.
         dtype: precision of the matrix products; below fp32 they run under autocast.
     """
+    head = Head.of(model)
+    at_answers = answer_states(model, rows, dtype)
+    return TokenScores(*head_scores(at_answers, head.weight, head.bias, rows.targets, dtype, head.softcap, head.scale))
+
+
+def answer_states(model: nn.Module, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Return the hidden states [N, H] that predict the answer tokens; arguments as of ``token_scores``."""
     causal_lm = unwrap(model)
     device = rows.input_ids.device
     how: dict[str, Any] = {"attention_mask": rows.padding}
@@ -140,15 +147,10 @@ def token_scores(model: nn.Module, rows: Rows, dtype: torch.dtype) -> TokenScore
         # A mask of four dimensions keeps transformers from making one: the tree says who attends to whom.
         how = {"attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device), "tree": rows.tree}
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = causal_lm.base_model(
+        hidden: Tensor = causal_lm.base_model(
             input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **how
         ).last_hidden_state
-    head = causal_lm.get_output_embeddings()
-    text_config = causal_lm.config.get_text_config()
-    softcap = getattr(text_config, "final_logit_softcapping", None)
-    scale = getattr(text_config, "logit_scale", None)
-    at_answers = hidden.flatten(0, 1)[rows.before]
-    return TokenScores(*head_scores(at_answers, head.weight, head.bias, rows.targets, dtype, softcap, scale))
+    return hidden.flatten(0, 1)[rows.before]
 
 
 def tree_error(model: nn.Module, examples: Sequence[tuple[list[int], list[int]]], dtype: torch.dtype) -> float:
@@ -188,14 +190,17 @@ def pair_logps(
     shared: bool,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield ``(row numbers, log-probabilities [b, 2] of chosen and rejected)``, in batches of similar length."""
-    lengths = _lengths(pairs)
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    for numbers in batches(pairs, batch_size):
         rows = pair_rows([pairs[i] for i in numbers], shared, pad_id).to(device)
         with torch.no_grad():
             summed = answer_logps(token_scores(model, rows, dtype).logps, rows)
         yield numbers, summed.view(2, -1).T.cpu()
+
+
+def batches(pairs: Any, batch_size: int) -> Iterator[list[int]]:
+    """Yield the row numbers of batches of similar length, the shortest first."""
+    order = sorted(range(len(pairs)), key=_lengths(pairs).__getitem__)
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def _lengths(pairs: Any) -> list[int]:
@@ -203,12 +208,6 @@ def _lengths(pairs: Any) -> list[int]:
     if isinstance(pairs, list):
         return [sum(len(pair[name]) for name in PairTokens.__annotations__) for pair in pairs]
     return list(pairs["length"])
-
-
-def unwrap(model: nn.Module) -> Any:
-    """Return the causal language model inside a PeftModel, or the model itself."""
-    inner: Any = model
-    return inner.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def refuses_shared_prompt(model: nn.Module, longest: int) -> str | None:
