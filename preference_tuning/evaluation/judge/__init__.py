@@ -39,7 +39,7 @@ def figures(judged: Judged, calibration: Calibration, seed: int) -> dict[str, Fi
         **measures.of_comparisons(judged, seed),
         "agreement_with_labels": calibration.agreement,
         "injection_shift": calibration.injection_shift,
-        "calibrated": measures.exactly(float(calibration.calibrated)),
+        "calibrated": Figure.exact(float(calibration.calibrated)),
         **measures.of_cost(Cost.sum([judged.cost, calibration.cost])),
     }
     return {f"judge/{name}": figure for name, figure in found.items()}

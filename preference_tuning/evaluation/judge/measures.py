@@ -1,6 +1,5 @@
 """Figures of what the judge said. The unit is the prompt: comparisons of one prompt are averaged first."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,12 +42,7 @@ def of_cost(cost: Cost) -> dict[str, Figure]:
     counts = {
         "requests": cost.requests, "tokens_prompt": cost.prompt_tokens, "tokens_completion": cost.completion_tokens,
     }  # fmt: skip
-    return {name: exactly(count) for name, count in counts.items() if count is not None}
-
-
-def exactly(value: float) -> Figure:
-    """Return a figure without uncertainty."""
-    return Figure(value=value, low=value, high=value)
+    return {name: Figure.exact(count) for name, count in counts.items() if count is not None}
 
 
 def agreement(judged: Judged, seed: int) -> Figure:
@@ -64,7 +58,7 @@ def shift(before: Judged, after: Judged, seed: int) -> Figure:
         if one.win is not None and other.win is not None
     ]
     values = _by_group(falls)
-    return statistics.mean(values, seed) if len(values) else exactly(math.nan)
+    return statistics.mean(values, np.arange(len(values)), seed) if len(values) else statistics.MISSING
 
 
 def length_controlled(judged: Judged, seed: int) -> Figure:
@@ -82,14 +76,14 @@ def length_controlled(judged: Judged, seed: int) -> Figure:
         return _mean(opinions, lambda opinion: opinion.win, seed)
     if spread == 0:
         # One answer is always longer by the same: nothing tells what length does.
-        return exactly(math.nan)
+        return statistics.MISSING
     lengths = np.tanh(differences / spread)
     names, group_of = np.unique([opinion.group for opinion in opinions], return_inverse=True)
     everyone = np.arange(len(names))
     fitted = _fit(wins, lengths, np.ones(len(wins)), np.zeros(2))
     value = float(special.expit(fitted[0]))
     if len(names) < 2:
-        return exactly(value)
+        return Figure.exact(value)
 
     def rate(drawn: Any) -> float:
         weights = np.bincount(drawn, minlength=len(names))[group_of].astype(np.float64)
@@ -152,8 +146,9 @@ def _mean(opinions: Sequence[Opinion], look: Callable[[Opinion], float | None], 
             found.append((opinion.group, value))
     values = _by_group(found)
     if not len(values):
-        return exactly(math.nan)
-    return statistics.mean(values, seed) if np.ptp(values) else _wilson(float(values[0]), len(values))
+        return statistics.MISSING
+    alone = np.arange(len(values))
+    return statistics.mean(values, alone, seed) if np.ptp(values) else statistics.proportion(values, alone)
 
 
 def _by_group(values: Sequence[tuple[str, float]]) -> Array:
@@ -161,10 +156,3 @@ def _by_group(values: Sequence[tuple[str, float]]) -> Array:
     for group, value in values:
         groups[group].append(value)
     return np.array([sum(found) / len(found) for found in groups.values()], dtype=np.float64)
-
-
-def _wilson(share: float, n: int) -> Figure:
-    z = float(stats.norm.ppf(0.5 + statistics.CONFIDENCE / 2))
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Figure(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half))
