@@ -152,7 +152,7 @@ def test_too_few_prompts_decide_nothing() -> None:
         verdict = gate.judge(evidence_of(scores), config())
         assert verdict.decision == "inconclusive"
         assert verdict.reason == (
-            "held-out prompts: 20 of 60 pairs, wanted at least 30 (a difference of 0.1 needs about 197)"
+            "held-out prompts: 20, with 60 pairs, wanted at least 30 (a difference of 0.1 needs about 197)"
         )
     scores["dpo/chosen"] = np.full(60, np.nan)
     assert gate.judge(evidence_of(scores), config()).decision == "hold", "broken scores are no matter of their number"
@@ -242,7 +242,7 @@ def test_only_pairs_count_that_the_champion_was_not_trained_on() -> None:
     assert gate.judge(challenged(challenger, champion), config()).decision != "promote"
     verdict = gate.judge(challenged(challenger, champion, new), config())
     assert verdict.decision == "promote"
-    assert "100 of 200 pairs, which it was not trained on" in verdict.rules[-1].measured
+    assert "the 100 of 200 pairs that it was not trained on" in verdict.rules[-1].measured
     verdict = gate.judge(challenged(challenger, champion, new & (np.arange(200) < 110)), config())
     assert decided(verdict) == (
         "inconclusive",

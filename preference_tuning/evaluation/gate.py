@@ -143,8 +143,8 @@ def against_champion(evidence: Evidence, config: EvaluationConfig) -> Rule:
         return enough
     scores = metrics.part(evidence.scores, champion.unseen)
     rule = _gained(name, scores, metric, evidence.candidate, CHAMPION, config.gate.champion_margin, config.seed)
-    pairs = f"{int(champion.unseen.sum())} of {len(champion.unseen)} pairs"
-    return rule.model_copy(update={"measured": f"{rule.measured} on {pairs}, which it was not trained on"})
+    pairs = f"the {int(champion.unseen.sum())} of {len(champion.unseen)} pairs that it was not trained on"
+    return rule.model_copy(update={"measured": f"{rule.measured}, on {pairs}"})
 
 
 def first_model() -> Rule:
@@ -249,7 +249,7 @@ def _enough(evidence: Evidence, metric: str, where: Array, name: str, gate: Gate
     """Return the rule that there are prompts enough, which says how many the wanted difference would need."""
     count = statistics.count(evidence.scores["prompt"][where])
     pairs = int(where.sum())
-    told = f"{count} of {pairs} pairs" if count != pairs else str(count)
+    told = f"{count}, with {pairs} pairs" if count != pairs else str(count)
     wanted = f"at least {gate.min_prompts}"
     if needed := _needed(evidence, metric, gate):
         wanted += f" (a difference of {gate.wanted_difference:g} needs about {needed})"
