@@ -20,6 +20,7 @@ from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation import judge
 from preference_tuning.evaluation.judge import client, measures, prompt, replies
 from preference_tuning.evaluation.judge.calibration import INJECTION
+from preference_tuning.evaluation.statistics import Figure
 
 KEY = "sk-canary-4f1d9b"
 
@@ -347,7 +348,7 @@ def test_a_bound_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     silent = 200, {}, {"choices": [{"message": {"content": say("A")}}]}
     with endpoint(lambda *_: silent) as there:
         judged = judge.compare(pairs(1), settings(there), tmp_path)
-        assert measures.of_cost(judged.cost) == {"requests": measures.exactly(2)}
+        assert measures.of_cost(judged.cost) == {"requests": Figure.exact(2)}
         with pytest.raises(PreferenceTuningError, match="does not say what a reply costs"):
             judge.compare(pairs(2), settings(there, max_total_tokens=1000), tmp_path)
 
