@@ -4,6 +4,7 @@ Importing this module needs no torch: the registry and the checkpoints ask it ab
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def restore(model: Any, folder: Path) -> None:
     """
     stored = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(stored.state_dict())
+
+
+def largest(model: Any) -> float:
+    """Return the largest magnitude among the trained weights of a model; NaN if one of them is NaN."""
+    import torch
+
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    return float(torch.nn.utils.get_total_norm(trained, norm_type=math.inf))
 
 
 def problem(folder: Path) -> str | None:

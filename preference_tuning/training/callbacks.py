@@ -4,6 +4,7 @@ import itertools
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from preference_tuning.config import StageConfig
 from preference_tuning.errors import DivergedError
+from preference_tuning.models import weights
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
@@ -19,6 +21,9 @@ from preference_tuning.training import checkpoints, processes
 
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
+
+SKIPPED_STEPS = 20
+"""Steps in a row that float16's loss scaling may skip: each halves the scale, which begins at 2 ** 16."""
 
 TIMING_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
 
@@ -90,10 +95,14 @@ def _is_evaluation(name: str) -> bool:
 
 
 class Health(TrainerCallback):  # type: ignore[misc]
-    """Stops training in the step in which its numbers stop being numbers, or when its gradient has died."""
+    """Stops training in the step in which its numbers stop being numbers, or when its gradient has died.
 
-    def __init__(self) -> None:
-        self._zero_gradients = 0
+    Every step is logged before anything of it is saved, so no checkpoint holds what this refuses. Streaks are read from
+    the history that travels in the checkpoints: an interruption does not begin them anew.
+    """
+
+    def __init__(self, settings: StageConfig, accelerator: Any) -> None:
+        self._settings, self._accelerator = settings, accelerator
 
     def on_log(
         self,
@@ -101,22 +110,52 @@ class Health(TrainerCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
+        model: Any = None,
         **_: Any,
     ) -> None:
-        logs = logs or {}
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if name in logs and not math.isfinite(float(logs[name])):
-                raise DivergedError(
-                    f"{name} is {float(logs[name])} at step {state.global_step}: training diverged and is stopped; "
-                    "nothing of it is kept. Likely causes: learning_rate too high, too little warm-up, damaged rows"
-                )
-        if "grad_norm" in logs:
-            self._zero_gradients = self._zero_gradients + 1 if float(logs["grad_norm"]) == 0.0 else 0
-        if self._zero_gradients >= ZERO_GRADIENTS:
-            raise DivergedError(
-                f"the gradient has been exactly 0 for {ZERO_GRADIENTS} steps (step {state.global_step}): nothing is "
-                "learned. Likely causes: identical answers, a saturated loss (beta or learning_rate too high)"
+        if reason := self._wrong(logs or {}, state, model):
+            good, _rejected = checkpoints.newest_good(Path(str(args.output_dir)))
+            kept = f"the last good checkpoint is {good}" if good else "no checkpoint was written before"
+            raise DivergedError(f"step {state.global_step}: {reason}. Training is stopped; {kept}")
+
+    def _wrong(self, logs: dict[str, Any], state: TrainerState, model: Any) -> str | None:
+        """Return what is wrong with a step and its likely causes, or None."""
+        if not math.isfinite(float(logs.get("eval_loss", 0.0))):
+            return f"eval_loss is {float(logs['eval_loss'])}, {self._too_fast()}"
+        if "grad_norm" not in logs:
+            return None
+        if self._scaler_skipped(state):
+            return None
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs[name])):
+                return f"{name} is {float(logs[name])}, {self._too_fast()}"
+        if _streak(state, lambda past: past["grad_norm"] == 0.0) >= ZERO_GRADIENTS:
+            return (
+                f"the gradient has been exactly 0 for {ZERO_GRADIENTS} steps: nothing is learned. Likely causes: "
+                f"identical answers, a saturated loss (learning_rate {self._settings.learning_rate:g} or beta too high)"
             )
+        largest = weights.largest(model)
+        if not largest <= weights.LARGEST:
+            return f"a trained weight reaches {largest:.3g} (healthy: below {weights.LARGEST:g}), {self._too_fast()}"
+        return None
+
+    def _too_fast(self) -> str:
+        settings = self._settings
+        return (
+            f"training diverged. Likely causes: learning_rate {settings.learning_rate:g} too high, too little warm-up "
+            f"(warmup_steps {settings.warmup_steps:g}), max_grad_norm {settings.max_grad_norm:g} too high, damaged rows"
+        )
+
+    def _scaler_skipped(self, state: TrainerState) -> bool:
+        """Return whether float16's loss scale was too large for this step and is being lowered: no sign of sickness."""
+        skipped = self._accelerator.scaler is not None and self._accelerator.optimizer_step_was_skipped
+        return skipped and _streak(state, lambda past: not math.isfinite(past["grad_norm"])) < SKIPPED_STEPS
+
+
+def _streak(state: TrainerState, condition: Callable[[dict[str, float]], bool]) -> int:
+    """Return for how many steps up to the last one ``condition`` has held."""
+    steps = (past for past in reversed(state.log_history) if "grad_norm" in past)
+    return sum(1 for _ in itertools.takewhile(condition, steps))
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -216,6 +255,7 @@ def watch(
     clock = Clock.resumed(checkpoint)
     shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
     trainer.remove_callback(PrinterCallback)
-    for callback in (Health(), *shown, clock, Stop(), Shares(settings.eval_steps, settings.save_steps)):
+    health, shares = Health(settings, trainer.accelerator), Shares(settings.eval_steps, settings.save_steps)
+    for callback in (health, *shown, clock, Stop(), shares):
         trainer.add_callback(callback)
     return clock
