@@ -95,7 +95,9 @@ class Stage:
                 "training.strict_resume keeps the stage from starting over. Restore one of them, or remove the folder"
             )
         for line in rejected:
-            self._happened("checkpoint_rejected", f"warning: {line}; not resumed from", checkpoint=line.split(":")[0])
+            name, _, reason = line.partition(": ")
+            warning = f"warning: {line}; not resumed from"
+            self._happened("checkpoint_rejected", warning, checkpoint=name, reason=reason)
         if checkpoint is not None:
             step = checkpoints.step_of(checkpoint)
             checkpoints.check(checkpoint, self.identity)
