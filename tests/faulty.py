@@ -124,7 +124,8 @@ def _changed(event: str, arguments: tuple[Any, ...]) -> Path | None:
         return Path(os.fsdecode(path)) if writes else None
     if event in ("os.mkdir", "os.rename", "os.rmdir"):
         name, folder = os.fsdecode(arguments[0]), arguments[-1] if event == "os.rmdir" else -1
-        return Path(name) if folder == -1 else Path(f"/proc/self/fd/{folder}").readlink() / name
+        path = Path(name) if folder == -1 else Path(f"/proc/self/fd/{folder}").readlink() / name
+        return None if event == "os.mkdir" and path.is_dir() else path
     return None
 
 
