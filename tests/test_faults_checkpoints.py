@@ -130,16 +130,19 @@ def test_a_job_killed_in_every_operation_of_a_checkpoints_write(at: Place, tmp_p
     undisturbed, folder = (faulty.place(work, tmp_path / name) for name in ("undisturbed", "killed"))
     assert faulty.run(undisturbed) == 0, error(undisturbed)
     place = folder / checkpoints.FOLDER
-    operation, newest = 0, -1
+    assert faulty.run(folder, functools.partial(faulty.kill_at_step, 4)) == faulty.KILLED
+    operation, newest = 0, 3
     while (code := faulty.run(folder, functools.partial(faulty.kill_in_write, operation + 1, place))) == faulty.KILLED:
         operation += 1
         found, rejected = checkpoints.newest_good(place)
         assert rejected == [], "a folder with a checkpoint's name is complete"
-        step = checkpoints.step_of(found) if found else 0
+        step = checkpoints.step_of(found) if found else -1
         assert step >= newest, "the last good checkpoint was deleted"
         newest = step
     assert code == faulty.WHOLE_WRITE
-    assert operation > 20
+    killed = {line.split()[-1] for line in faulty.said(folder).splitlines() if line.startswith("killed at")}
+    assert killed >= {path.name for path in (place / f"checkpoint-{newest}").iterdir()}, "at every file"
+    assert killed >= {f"checkpoint-{newest}", ".deleting-checkpoint-2"}, "putting in place, and removing"
     assert faulty.run(folder) == 0, error(folder)
     assert_same(folder, undisturbed)
     assert [path.name for path in sorted(place.iterdir())] == [".writing", "checkpoint-17", "checkpoint-18"]
