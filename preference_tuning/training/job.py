@@ -45,6 +45,9 @@ class TrainingJob(BaseModel):
     fsdp: Literal["off", "full_shard"] = "off"
     output_dir: Path
     comet: CometRun
+    # These change when training is safe, never what it makes.
+    save_every_minutes: float | None = None
+    strict_resume: bool = False
 
     @property
     def settings(self) -> SFTConfig | DPOConfig:
@@ -107,7 +110,7 @@ class TrainingRecord(BaseModel):
     tokens: int
     """Tokens that went through the model in training, padding left out."""
     train_loss: float
-    """Mean over the last tenth of the steps."""
+    """Mean over all optimizer steps, those before an interruption included."""
     metrics: dict[str, float]
     """The last evaluation on the held-out rows."""
     trainable_parameters: int
@@ -118,7 +121,7 @@ class TrainingRecord(BaseModel):
     backend: str
     template_hash: str
     resumed_at: list[int]
-    """The steps at which the legs of an interrupted job began."""
+    """The steps at which an interrupted job went on, one for each time."""
     events: list[Event] = []
     """Interruptions, retries and whatever else did not go straight."""
     reference: ReferenceProof | None = None
@@ -202,5 +205,7 @@ def from_artifacts(
         fsdp=training.fsdp,
         output_dir=output_dir.absolute(),
         comet=comet,
+        save_every_minutes=training.save_every_minutes,
+        strict_resume=training.strict_resume,
         **settings,
     )
