@@ -17,7 +17,7 @@ from preference_tuning.models import weights
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
-from preference_tuning.training import processes
+from preference_tuning.training import checkpoints, processes
 
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
