@@ -4,14 +4,16 @@ import itertools
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preference_tuning import stopping
 from preference_tuning.config import StageConfig
-from preference_tuning.errors import DivergedError
+from preference_tuning.errors import DivergedError, InterruptedJobError
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
@@ -29,8 +31,14 @@ class Shares(TrainerCallback):  # type: ignore[misc]
     transformers rounds ``eval_steps=0.2`` up to whole steps and then misses the end; this evaluates five times.
     """
 
-    def __init__(self, eval_share: float, save_share: float) -> None:
-        self._eval, self._save = eval_share, save_share
+    def __init__(self, eval_share: float, save_share: float, evaluate: Callable[[], object]) -> None:
+        self._eval, self._save, self._evaluate = eval_share, save_share, evaluate
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+        # A checkpoint may have been written in place of an evaluation (see Stop).
+        if state.global_step in steps_of_share(self._eval, state.max_steps) - evaluated:
+            self._evaluate()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in steps_of_share(self._eval, state.max_steps):
@@ -152,25 +160,63 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.close()
 
 
+class EvaluationStopped(Exception):  # noqa: N818 - no error: the checkpoint of its step is written next
+    """A signal ended an evaluation; a resumed job makes up for it."""
+
+
 class Stop(TrainerCallback):  # type: ignore[misc]
     """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training.
 
-    A signal reaches several processes at different steps, or one of them alone: they agree on the step to stop at.
+    An evaluation is broken off. A signal reaches several processes at different steps, or one of them alone: they agree
+    on the step to stop at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str) -> None:
+        self._stage = stage.upper()
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self._before: dict[signal.Signals, Any] = {}
 
     def _ask(self, _number: int, _frame: Any) -> None:
         self.asked = True
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._before = {number: signal.signal(number, self._ask) for number in stopping.SIGNALS}
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if processes.any_of(self.asked) and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_evaluate = False
+        if processes.any_of(self.asked):
+            self._save_and_stop(control)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if processes.any_of(self.asked):
+            self._save_and_stop(control)
+            raise EvaluationStopped
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if processes.any_of(self.asked):
             control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Give the signals back.
+
+        Raises:
+            InterruptedJobError: one came.
+        """
+        stopped = processes.any_of(self.asked)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if stopped:
+            raise InterruptedJobError(
+                f"{self._stage} was stopped at step {state.global_step} of {state.max_steps}, after a checkpoint; the "
+                "same command continues it"
+            )
+
+    def _save_and_stop(self, control: TrainerControl) -> None:
+        self.asked = True
+        control.should_save = True
+        control.should_evaluate = False
+        control.should_training_stop = True
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -216,6 +262,8 @@ def watch(
     clock = Clock.resumed(checkpoint)
     shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
     trainer.remove_callback(PrinterCallback)
-    for callback in (Health(), *shown, clock, Stop(), Shares(settings.eval_steps, settings.save_steps)):
+    # Stop is last: it overrules what Shares wants.
+    shares = Shares(settings.eval_steps, settings.save_steps, trainer.evaluate)
+    for callback in (Health(), *shown, clock, shares, Stop(stage)):
         trainer.add_callback(callback)
     return clock
