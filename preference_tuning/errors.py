@@ -4,10 +4,15 @@
     |-- ConfigError              2   the run config, or what it points to, is wrong
     |-- DataError                3   the preference data cannot be trained on
     |-- DivergedError            4   training left the healthy range; nothing is kept of it
-    `-- InterruptedJobError     75   stopped from outside; the same command continues
+    |-- InterruptedJobError     75   stopped from outside; the same command continues
+    |-- TransientError           1   a network, a service or another process failed; jobs try again
+    `-- OutOfMemoryError         1   a batch did not fit; training jobs try again with smaller pieces of it
 
-A message says what is wrong, where, and what to do. It is shown without a traceback.
+A message says what is wrong, where, and what to do. It is shown without a traceback. A job's process ends with these
+codes too, and with 1 after any other error. ``failures`` says which of all errors are worth another try.
 """
+
+from typing import Any
 
 
 class PreferenceTuningError(Exception):
@@ -35,9 +40,22 @@ class DivergedError(PreferenceTuningError):
 
 
 class InterruptedJobError(PreferenceTuningError):
-    """A signal stopped a job after it saved a checkpoint."""
+    """A signal stopped a job; what it had done is kept."""
 
     exit_code = 75
+
+
+class TransientError(PreferenceTuningError):
+    """Something that the job does not own failed, and may work in a moment."""
+
+
+class OutOfMemoryError(PreferenceTuningError):
+    """What was to be held in memory did not fit."""
+
+    def __init__(self, message: str, facts: dict[str, Any] | None = None) -> None:
+        """Take the message, and what was measured: see ``training.memory``."""
+        super().__init__(message)
+        self.facts = facts or {}
 
 
 BY_EXIT_CODE: dict[int, type[PreferenceTuningError]] = {

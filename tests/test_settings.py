@@ -35,6 +35,7 @@ PROVED_BY = {
     "training.fsdp": "test_processes.py::test_sharded_weights_are_what_accelerate_and_the_model_understand",
     "training.save_every_minutes": "test_settings.py::test_checkpoints_are_written_by_time_too",
     "training.strict_resume": "test_faults_checkpoints.py::test_without_an_intact_checkpoint_a_stage_starts_over_or_is_refused",
+    "training.retries": "test_faults_jobs.py::test_what_does_not_pass_is_tried_no_more_than_it_may",
     "lora": "test_full.py::test_a_full_run_trains_every_weight_from_the_sft_policy",
     "lora.rank": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.alpha": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",

@@ -89,6 +89,7 @@ class _Evaluating:
 
         from preference_tuning.models import scoring, stored
 
+        at_once = scoring.rows_at_once(self.job.config.batch_size, self.job.parts)
         shared = scoring.refuses_shared_prompt(model, max(rows["length"])) is None
         key = stored.key_of(
             self.row_key,
@@ -96,7 +97,7 @@ class _Evaluating:
             self.job.source.fingerprint,
             self.base.dtype,
             shared,
-            self.job.config.batch_size,
+            at_once,
         )
         # DPO's reference on these pairs, for instance: the same rows, weights and batches.
         known = stored.read(stored.place(self.job.output_dir, key), key)
@@ -110,7 +111,7 @@ class _Evaluating:
                 dtype=self.base.dtype,
                 device=self.base.device,
                 pad_id=self.base.tokenizer.pad_token_id,
-                batch_size=self.job.config.batch_size,
+                batch_size=at_once,
                 shared=shared,
             )
             for numbers, logps in batches:

@@ -22,7 +22,7 @@ SCORES, SUMMARY, REPORT, METRICS = "scores.parquet", "evaluation.json", "report.
 BASE = "base"
 
 
-class EvaluationJob(BaseModel):
+class EvaluationJob(jobs.Job):
     """Which tuned models are scored on which held-out pairs; the base model is always among the models."""
 
     base_model: BaseModelConfig
@@ -40,6 +40,11 @@ class EvaluationJob(BaseModel):
     keep_end: bool
     output_dir: Path
     comet: CometRun
+
+    @property
+    def most_parts(self) -> int:
+        """How many pieces of a batch are one pair each."""
+        return self.config.batch_size
 
     @property
     def room(self) -> Room:

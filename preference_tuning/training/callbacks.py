@@ -11,8 +11,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from preference_tuning import stopping
 from preference_tuning.config import StageConfig
-from preference_tuning.errors import DivergedError
+from preference_tuning.errors import DivergedError, InterruptedJobError
 from preference_tuning.models import weights
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
@@ -34,8 +35,14 @@ class Shares(TrainerCallback):  # type: ignore[misc]
     transformers rounds ``eval_steps=0.2`` up to whole steps and then misses the end; this evaluates five times.
     """
 
-    def __init__(self, eval_share: float, save_share: float) -> None:
-        self._eval, self._save = eval_share, save_share
+    def __init__(self, eval_share: float, save_share: float, evaluate: Callable[[], object]) -> None:
+        self._eval, self._save, self._evaluate = eval_share, save_share, evaluate
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        evaluated = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
+        # A checkpoint may have been written in place of an evaluation (see Stop).
+        if state.global_step in steps_of_share(self._eval, state.max_steps) - evaluated:
+            self._evaluate()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in steps_of_share(self._eval, state.max_steps):
@@ -186,38 +193,75 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.close()
 
 
+class EvaluationStopped(Exception):  # noqa: N818 - no error: the checkpoint of its step is written next
+    """A signal ended an evaluation; a resumed job makes up for it."""
+
+
 class Stop(TrainerCallback):  # type: ignore[misc]
     """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training.
 
-    A signal reaches several processes at different steps, or one of them alone: they agree on the step to stop at. In
-    the same exchange the first one tells the others that it is time for a checkpoint.
+    An evaluation is broken off. A signal reaches several processes at different steps, or one of them alone: they agree
+    on the step to stop at. In the same exchange the first one tells the others that it is time for a checkpoint.
     """
 
-    def __init__(self, save_every_minutes: float | None) -> None:
+    def __init__(self, stage: str, save_every_minutes: float | None) -> None:
+        self._stage = stage.upper()
         self.asked = False
         self._interval = math.inf if save_every_minutes is None else 60 * save_every_minutes
         self._saved = time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self._before: dict[signal.Signals, Any] = {}
 
     def _ask(self, _number: int, _frame: Any) -> None:
         self.asked = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = time.monotonic()
+        self._before = {number: signal.signal(number, self._ask) for number in stopping.SIGNALS}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         due = state.is_world_process_zero and time.monotonic() - self._saved >= self._interval
         asked, due = processes.any_of(self.asked, due)
         if due:
             control.should_save = True
-        if asked and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True
+        if asked:
+            self._save_and_stop(control)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._asked_of_any():
+            self._save_and_stop(control)
+            raise EvaluationStopped
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._saved = time.monotonic()
+        if self._asked_of_any():
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Give the signals back.
+
+        Raises:
+            InterruptedJobError: one came.
+        """
+        stopped = self._asked_of_any()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if stopped:
+            raise InterruptedJobError(
+                f"{self._stage} was stopped at step {state.global_step} of {state.max_steps}, after a checkpoint; the "
+                "same command continues it"
+            )
+
+    def _asked_of_any(self) -> bool:
+        (asked,) = processes.any_of(self.asked)
+        return asked
+
+    def _save_and_stop(self, control: TrainerControl) -> None:
+        self.asked = True
+        control.should_save = True
+        control.should_evaluate = False
+        control.should_training_stop = True
 
 
 class Clock:
@@ -254,6 +298,8 @@ def watch(
     """
     shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
     trainer.remove_callback(PrinterCallback)
-    health, shares = Health(settings, trainer.accelerator), Shares(settings.eval_steps, settings.save_steps)
-    for callback in (health, *shown, Stop(save_every_minutes), shares):
+    # Stop is last: it overrules what Shares wants.
+    health, stop = Health(settings, trainer.accelerator), Stop(stage, save_every_minutes)
+    shares = Shares(settings.eval_steps, settings.save_steps, trainer.evaluate)
+    for callback in (health, *shown, shares, stop):
         trainer.add_callback(callback)

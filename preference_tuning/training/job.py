@@ -19,8 +19,11 @@ MODULE = "preference_tuning.training"
 ADAPTER, EVIDENCE = "adapter", "evidence"
 RECORD, METRICS, REPORT = "record.json", "metrics.jsonl", "report.html"
 
+COUPLED = {"aot", "aot_unpaired", "sft"}
+"""DPO losses that are no mean over pairs: they sort a batch, or take the mean over its tokens."""
 
-class TrainingJob(BaseModel):
+
+class TrainingJob(jobs.Job):
     """Everything that a stage's result depends on, and where it goes."""
 
     stage: Literal["sft", "dpo"]
@@ -57,6 +60,33 @@ class TrainingJob(BaseModel):
         return settings
 
     @property
+    def most_parts(self) -> int:
+        """How many pieces of a batch are one row each; 1 where the loss needs the whole batch."""
+        settings = self.settings
+        whole = bool(self.dpo and COUPLED & set(self.dpo.loss_type))
+        return 1 if whole else max(settings.per_device_train_batch_size, settings.per_device_eval_batch_size)
+
+    def what_fits(self, facts: dict[str, Any]) -> str:
+        """Return what to do when memory ran out, from the facts of ``training.memory``."""
+        return "; ".join([*_measured(facts), *self._advice(facts)])
+
+    def _advice(self, facts: dict[str, Any]) -> list[str]:
+        spared = "base_model.load_in_4bit: true (CUDA)"
+        if facts.get("rows") == 0:
+            return [f"no batch had been read, so it is the model that does not fit: use a smaller one, or {spared}"]
+        settings = self.settings
+        if self.most_parts == 1 and settings.per_device_train_batch_size > 1:
+            losses = ", ".join(sorted(COUPLED & set(self.dpo.loss_type))) if self.dpo else ""
+            return [
+                f"dpo.loss_type: {losses} needs its batch whole, so it is not cut: lower "
+                "dpo.per_device_train_batch_size and dpo.per_device_eval_batch_size"
+            ]
+        limit = "dpo.max_length" if self.dpo else "base_model.max_seq_length"
+        length = f"{limit}: {facts['passed']}" if facts.get("passed") else f"a smaller {limit}"
+        checkpointing = [] if settings.gradient_checkpointing else [f"{self.stage}.gradient_checkpointing: true"]
+        return [f"a piece is one row already; what would fit: {', or '.join([length, *checkpointing, spared])}"]
+
+    @property
     def room(self) -> Room:
         """How long a row may be, in tokens."""
         longest = self.dpo.length(self.base_model) if self.dpo else self.base_model.max_seq_length
@@ -73,6 +103,18 @@ class TrainingJob(BaseModel):
             "adapter_hash": self.adapter_hash,
             "code": fingerprint.of_sources(MODULE),
         }
+
+
+def _measured(facts: dict[str, Any]) -> list[str]:
+    """Return what the child measured, in words."""
+    told = []
+    if facts.get("passed"):
+        told.append(f"a row of {facts['passed']} tokens went through")
+    if facts.get("longest"):
+        told.append(f"one of up to {facts['longest']} tokens did not")
+    if facts.get("bytes"):
+        told.append(f"{facts['device']} has {facts['bytes'] / 2**30:.2f} GiB")
+    return told
 
 
 class ReferenceProof(BaseModel):
@@ -116,6 +158,10 @@ class TrainingRecord(BaseModel):
     trainable_parameters: int
     compute: Compute
     processes: int
+    parts: int = 1
+    """Pieces that each batch went through in, because memory ran out; 1: whole."""
+    micro_batch: int | None = None
+    """Rows of a process in one forward pass; None in records from before it was told."""
     engine: str
     engine_reason: str
     backend: str
@@ -203,6 +249,7 @@ def from_artifacts(
         adapter_hash=fingerprint.of_directory(adapter) if adapter else None,
         processes=processes_of(training, base_model),
         fsdp=training.fsdp,
+        retries=training.retries,
         output_dir=output_dir.absolute(),
         comet=comet,
         save_every_minutes=training.save_every_minutes,

@@ -91,6 +91,8 @@ def _settings(record: TrainingRecord) -> reports.Html:
             [
                 *((name, value) for name, value in settings.items()),
                 ("engine", f"{record.engine} ({record.engine_reason})"),
+                ("rows in one forward pass", record.micro_batch),
+                ("pieces of a batch, because memory ran out", record.parts),
                 *_compute(record.compute),
                 ("rows left out: no room for an answer", record.dropped_rows),
                 ("rows with an answer cut", record.cut_rows),

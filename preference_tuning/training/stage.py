@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from preference_tuning import events, fingerprint, jobs
+from preference_tuning import events, fingerprint, jobs, stopping
 from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, stored, weights
 from preference_tuning.tracking.comet import Comet
@@ -83,6 +83,7 @@ class Stage:
         adapter = self._save(trainer, gathered)
         record = self._record(trainer, train, held_out, adapter, seconds)
         self._write_evidence(record)
+        stopping.finish()
         return record
 
     def _checkpoint(self) -> Path | None:
@@ -180,6 +181,7 @@ class Stage:
             "processing_class": self.base.tokenizer,
             "dtype": self.base.dtype,
             "pad_id": self.base.tokenizer.pad_token_id,
+            "parts": self.job.parts,
         }
         if self.job.sft:
             self.job.sft.check_warmup("sft", len(train), self.job.processes)
@@ -190,7 +192,7 @@ class Stage:
             )
         assert self.job.dpo is not None
         self.job.dpo.check_warmup("dpo", len(train), self.job.processes)
-        if self.job.processes > 1 and (coupled := trainers.COUPLED & set(self.job.dpo.loss_type)):
+        if self.job.processes > 1 and (coupled := jobs_of_training.COUPLED & set(self.job.dpo.loss_type)):
             self._say(f"DPO: {', '.join(sorted(coupled))} is computed in each process, over its share of a batch")
         shared = self._choose_engine(model, train, self.job.dpo.engine, otherwise="trl")
         settings = arguments.dpo(self.job.dpo, self.base, self.checkpoints, self.job.fsdp)
@@ -228,7 +230,7 @@ class Stage:
         assert self.job.dpo is not None
         visited = trainers.first_rows(train, self.job.dpo, self.job.dpo.total_steps(len(train), self.job.processes))
         key = fingerprint.of_value([self.identity, self._template(), str(self.base.dtype), shared])
-        size = self.job.settings.per_device_eval_batch_size
+        size = scoring.rows_at_once(self.job.settings.per_device_eval_batch_size, self.job.parts)
         common = {"model": model, "batch_size": size, **self._how(shared)}
         path = self.folder / "reference-train.safetensors"
         train = reference.add_reference(train, path, key, title="reference", only=visited, **common)
@@ -300,6 +302,8 @@ class Stage:
             trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             compute=self.base.compute,
             processes=job.processes,
+            parts=job.parts,
+            micro_batch=scoring.rows_at_once(job.settings.per_device_train_batch_size, job.parts),
             engine=self.engine,
             engine_reason=self.engine_reason,
             backend=job.base_model.backend,
