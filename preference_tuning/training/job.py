@@ -96,6 +96,8 @@ class TrainingRecord(BaseModel):
     identity: dict[str, Any]
     adapter_hash: str
     steps: int
+    """Optimizer steps that were done; a finished stage did ``max_steps``."""
+    max_steps: int
     epochs: float
     seconds: float
     rows: int
@@ -119,6 +121,9 @@ class TrainingRecord(BaseModel):
     template_hash: str
     resumed_at: list[int]
     """The steps at which the legs of an interrupted job began."""
+    forced: dict[str, Any] | None = None
+    """Of a job that went on with checkpoints of other settings: ``from`` which job, at which ``step``, and what had
+    ``changed``."""
     events: list[Event] = []
     """Interruptions, retries and whatever else did not go straight."""
     reference: ReferenceProof | None = None

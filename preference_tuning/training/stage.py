@@ -228,6 +228,7 @@ class Stage:
             identity=job.identity(),
             adapter_hash=fingerprint.of_directory(adapter),
             steps=state.global_step,
+            max_steps=state.max_steps,
             epochs=round(state.epoch or 0.0, 4),
             seconds=round(seconds, 3),
             rows=len(train.rows),
