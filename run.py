@@ -15,17 +15,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def main() -> None:
     """Parse the command and hand over; heavy imports come only after the config is known to be good."""
-    options = _parser().parse_args()
-    from preference_tuning.errors import PreferenceTuningError
+    from preference_tuning import interruption
+    from preference_tuning.errors import PreferenceTuningError, find
 
+    interruption.watch()
     try:
+        options = _parser().parse_args()
         options.command(options)
-    except PreferenceTuningError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(75)
+    except (PreferenceTuningError, KeyboardInterrupt) as error:
+        known = find(error)
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(known.exit_code if known else 1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zenml import get_step_context
 
+from preference_tuning import interruption
 from preference_tuning.config import RunConfig
 from preference_tuning.tracking.comet import CometRun
 
@@ -36,6 +37,7 @@ class Run:
 
 def current_run() -> Run:
     """Return the run of the current step."""
+    interruption.check()
     run = get_step_context().pipeline_run
     return Run(
         id=run.id.hex,
