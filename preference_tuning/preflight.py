@@ -1,7 +1,9 @@
 """Everything of a run that can be known to be wrong before it costs anything."""
 
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
@@ -11,6 +13,8 @@ from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
+from preference_tuning.training import job as training_job
+from preference_tuning.training import unfinished
 
 USUAL = {"sft": 2e-5, "dpo": 5e-7}
 """Learning rates at which a whole model of a few billion parameters is trained (Zephyr, Tunstall et al. 2023)."""
@@ -28,6 +32,7 @@ def check(config: RunConfig) -> str:
         ("model", _model),
         ("training", _training),
         ("data", _data),
+        ("resume", _resume),
         ("outputs", _outputs),
         ("registry", _registry),
         ("tracking", _tracking),
@@ -75,6 +80,29 @@ def _data(config: RunConfig) -> str:
     told = [f"{manifest.train} training and {manifest.held_out} held-out pairs in {manifest.source}{left_out}"]
     told += [f"{'':10}{f.level}: {f.message}" for f in (*manifest.findings, *findings.of_run(manifest, config))]
     return "\n".join(told)
+
+
+def _resume(config: RunConfig) -> str:
+    """Look for interrupted training that the run would begin anew beside."""
+    source = locate(config.base_model)
+    dataset = job.prepare_for_run(job.of_run(config, source))
+    comet = CometRun(config=config.tracking, experiment_key="", folder=Path())
+    settings: dict[str, Any] = {"name": config.registry.name, "training": config.training}
+    build = functools.partial(
+        training_job.from_artifacts,
+        base_model=config.base_model,
+        source=source,
+        dataset=dataset,
+        output_dir=Path(config.output_dir).expanduser(),
+        comet=comet,
+        **settings,
+    )
+    sft = build("sft", lora=config.lora, sft=config.sft)
+    unfinished.check(sft)
+    if config.finetuning_type == "dpo":
+        # What SFT will leave is known only when it is done.
+        unfinished.check(build("dpo", dpo=config.dpo), but=("adapter_hash",))
+    return "no unfinished training stands in the way"
 
 
 def _found(config: RunConfig) -> ModelSource | None:

@@ -29,6 +29,11 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
+    def model(self) -> str:
+        """Whose training this is: the name in the registry."""
+        return self.config.registry.name
+
+    @property
     def comet(self) -> CometRun:
         """The one experiment of the run; its key is the id of the ZenML run."""
         folder = (self.output_dir / "comet" / self.id).absolute()

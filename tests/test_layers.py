@@ -35,7 +35,7 @@ ROOMS = {
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
-    "preflight": GROUND | {"data", "models", "tracking", "registry"},
+    "preflight": GROUND | {"data", "models", "tracking", "training", "registry"},
     "inspection": GROUND | {"data", "models"},
 }
 

@@ -243,6 +243,7 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "model",
         "training",
         "data",
+        "resume",
         "outputs",
         "registry",
         "tracking",

@@ -17,6 +17,10 @@ class TrainingConfig(Section):
     fsdp: Literal["off", "full_shard"] = "off"
     """full_shard: each process holds a share of the model's weights in training (FSDP2). off: each holds a copy."""
 
+    unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
+    """What becomes of interrupted training of the same registry.name with other settings, data, base model or code:
+    refuse to run beside it, continue it with what is new (``--force-resume``), or remove it and start over."""
+
     def contradictions(self, backend: str, four_bits: bool) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together.
 

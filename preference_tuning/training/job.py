@@ -8,12 +8,14 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
+from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.events import Event
 from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
+from preference_tuning.training import checkpoints, unfinished
 
 MODULE = "preference_tuning.training"
 ADAPTER, EVIDENCE = "adapter", "evidence"
@@ -45,6 +47,11 @@ class TrainingJob(BaseModel):
     fsdp: Literal["off", "full_shard"] = "off"
     output_dir: Path
     comet: CometRun
+    # Whose training this is, and what becomes of what was begun for it before; neither changes what it makes.
+    name: str = ""
+    unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
+    forced: dict[str, Any] | None = None
+    """As in the record: set where the job goes on with the checkpoints of other settings."""
 
     @property
     def settings(self) -> SFTConfig | DPOConfig:
@@ -160,14 +167,21 @@ def train(job: TrainingJob, again: bool = False) -> Trained:
     A finished job is not done twice unless ``again``, or unless its weights are no longer what it wrote.
 
     Raises:
+        ConfigError: unfinished training of other settings is in the way.
         DivergedError: a loss, gradient, weight or the reference check is outside what is healthy.
         InterruptedJobError: a signal stopped it after a checkpoint.
         PreferenceTuningError: it failed otherwise.
     """
-    folder = (job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}").absolute()
-    trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again, job.processes))
-    if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
-        trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, True, job.processes))
+    folder, work = unfinished.settle(job, again)
+    try:
+        trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, again, job.processes))
+        if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
+            folder, work = unfinished.settle(job, again=True)
+            trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, True, job.processes))
+    except PreferenceTuningError as error:
+        newest, _ = checkpoints.newest_good(folder / checkpoints.FOLDER)
+        error.facts = {**error.facts, "job": str(folder), "checkpoint": newest.name if newest else "none"}
+        raise
     return trained
 
 
@@ -205,6 +219,7 @@ def from_artifacts(
         adapter_hash=fingerprint.of_directory(adapter) if adapter else None,
         processes=processes_of(training, base_model),
         fsdp=training.fsdp,
+        unfinished=training.unfinished,
         output_dir=output_dir.absolute(),
         comet=comet,
         **settings,

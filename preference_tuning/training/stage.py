@@ -246,6 +246,7 @@ class Stage:
             backend=job.base_model.backend,
             template_hash=self._template(),
             resumed_at=resumed_at,
+            forced=job.forced,
             events=events.read(self.folder),
             reference=self.reference,
             versions={name: importlib.metadata.version(name) for name in VERSIONS},
