@@ -175,13 +175,16 @@ def main(job: type[Job], work: Callable[[Path, Job], BaseModel | None]) -> None:
 def _tell(folder: Path, exit_code: int, message: str) -> bool:
     """Write the error, unless another process of the job was first: its end is then the reason for this one's."""
     aside = folder / f".{os.getpid()}-{ERROR}"
-    write_json(aside, {"exit_code": exit_code, "message": message})
     try:
+        write_json(aside, {"exit_code": exit_code, "message": message})
         (folder / ERROR).hardlink_to(aside)
     except FileExistsError:
         return False
+    except OSError:  # most likely the disk is full, and that is what the message is about
+        sys.stderr.write(f"{message}\n")
+        return False
     finally:
-        aside.unlink()
+        aside.unlink(missing_ok=True)
     return True
 
 

@@ -20,9 +20,10 @@ OWNERS = {
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.
-GROUND = {"errors", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
+GROUND = {"errors", "events", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
 ROOMS = {
     "errors": set(),
+    "events": set(),
     "fingerprint": set(),
     "progress": set(),
     "reports": set(),

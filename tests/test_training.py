@@ -280,7 +280,7 @@ def test_checkpoints_are_only_trusted_as_sealed(tmp_path: Path, weights: tuple[s
             (folder / name).write_bytes(os.urandom(64))
         if step == 9:
             (folder / weights[-1]).unlink()
-        checkpoints.seal(folder)
+        checkpoints.seal(folder, {})
     assert checkpoints.problem(tmp_path / "checkpoint-9") == f"it has no {weights[-1]}"
     shutil.rmtree(tmp_path / "checkpoint-9")
     newest = tmp_path / "checkpoint-8"

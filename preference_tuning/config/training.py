@@ -17,6 +17,10 @@ class TrainingConfig(Section):
     fsdp: Literal["off", "full_shard"] = "off"
     """full_shard: each process holds a share of the model's weights in training (FSDP2). off: each holds a copy."""
 
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """The longest that training goes on without a checkpoint, beside those of save_steps; null: only those."""
+    strict_resume: bool = False
+    """Where a stage has checkpoints and none is intact: stop, instead of starting the stage over with a warning."""
     unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
     """What becomes of interrupted training of the same registry.name with other settings, data, base model or code:
     refuse to run beside it, continue it with what is new (``--force-resume``), or remove it and start over."""

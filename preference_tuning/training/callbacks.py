@@ -4,7 +4,6 @@ import itertools
 import math
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -15,7 +14,7 @@ from preference_tuning.errors import DivergedError
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
-from preference_tuning.training import checkpoints, processes
+from preference_tuning.training import processes
 
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
@@ -37,11 +36,6 @@ class Shares(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = True
         if state.global_step in steps_of_share(self._save, state.max_steps):
             control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        processes.wait()  # for the files of the others: each writes its random state
-        if state.is_world_process_zero:
-            checkpoints.seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def steps_of_share(share: float, total: int) -> set[int]:
@@ -155,55 +149,60 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 class Stop(TrainerCallback):  # type: ignore[misc]
     """Turns SIGTERM and SIGINT into a checkpoint at the end of the running step, and an end of training.
 
-    A signal reaches several processes at different steps, or one of them alone: they agree on the step to stop at.
+    A signal reaches several processes at different steps, or one of them alone: they agree on the step to stop at. In
+    the same exchange the first one tells the others that it is time for a checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save_every_minutes: float | None) -> None:
         self.asked = False
+        self._interval = math.inf if save_every_minutes is None else 60 * save_every_minutes
+        self._saved = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, _number: int, _frame: Any) -> None:
         self.asked = True
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if processes.any_of(self.asked) and state.global_step < state.max_steps:
+        due = state.is_world_process_zero and time.monotonic() - self._saved >= self._interval
+        asked, due = processes.any_of(self.asked, due)
+        if due:
+            control.should_save = True
+        if asked and state.global_step < state.max_steps:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._saved = time.monotonic()
 
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Counts the seconds of training over all legs of an interrupted job; the count travels in the checkpoint."""
 
-    FILE = "seconds.txt"
+class Clock:
+    """Counts the seconds of training over all legs of an interrupted job, pauses left out."""
 
-    def __init__(self, before: float = 0.0) -> None:
+    def __init__(self, before: float) -> None:
+        """Go on from the seconds of the legs ``before``."""
         self._before = before
         self._start = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds since the stage first began, pauses left out."""
+        """Seconds since the stage first began."""
         return self._before + time.monotonic() - self._start
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        (folder / self.FILE).write_text(f"{self.seconds:.3f}", encoding="utf-8")
-
-    @classmethod
-    def resumed(cls, checkpoint: Path | None) -> "Clock":
-        """Return a clock that goes on from a checkpoint."""
-        path = checkpoint / cls.FILE if checkpoint else None
-        return cls(float(path.read_text(encoding="utf-8")) if path and path.is_file() else 0.0)
 
 
 def watch(
-    trainer: Any, stage: str, settings: StageConfig, spool: Spool | None, comet: Comet, checkpoint: Path | None
-) -> Clock:
-    """Add the callbacks to a trainer and return its clock.
+    trainer: Any,
+    stage: str,
+    settings: StageConfig,
+    spool: Spool | None,
+    comet: Comet,
+    save_every_minutes: float | None,
+) -> None:
+    """Add the callbacks to a trainer.
 
     Args:
         trainer: of the stage.
@@ -211,11 +210,9 @@ def watch(
         settings: of the stage.
         spool: where metrics go; None in all processes but the first, which show and write nothing.
         comet: where they go too.
-        checkpoint: that training continues from.
+        save_every_minutes: the longest that training goes on without a checkpoint; None for as long as it likes.
     """
-    clock = Clock.resumed(checkpoint)
     shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
     trainer.remove_callback(PrinterCallback)
-    for callback in (Health(), *shown, clock, Stop(), Shares(settings.eval_steps, settings.save_steps)):
+    for callback in (Health(), *shown, Stop(save_every_minutes), Shares(settings.eval_steps, settings.save_steps)):
         trainer.add_callback(callback)
-    return clock

@@ -47,6 +47,9 @@ class TrainingJob(BaseModel):
     fsdp: Literal["off", "full_shard"] = "off"
     output_dir: Path
     comet: CometRun
+    # These change when training is safe, never what it makes.
+    save_every_minutes: float | None = None
+    strict_resume: bool = False
     # Whose training this is, and what becomes of what was begun for it before; neither changes what it makes.
     name: str = ""
     unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
@@ -116,7 +119,7 @@ class TrainingRecord(BaseModel):
     tokens: int
     """Tokens that went through the model in training, padding left out."""
     train_loss: float
-    """Mean over the last tenth of the steps."""
+    """Mean over all optimizer steps, those before an interruption included."""
     metrics: dict[str, float]
     """The last evaluation on the held-out rows."""
     trainable_parameters: int
@@ -127,7 +130,7 @@ class TrainingRecord(BaseModel):
     backend: str
     template_hash: str
     resumed_at: list[int]
-    """The steps at which the legs of an interrupted job began."""
+    """The steps at which an interrupted job went on, one for each time."""
     forced: dict[str, Any] | None = None
     """Of a job that went on with checkpoints of other settings: ``from`` which job, at which ``step``, and what had
     ``changed``."""
@@ -222,5 +225,7 @@ def from_artifacts(
         unfinished=training.unfinished,
         output_dir=output_dir.absolute(),
         comet=comet,
+        save_every_minutes=training.save_every_minutes,
+        strict_resume=training.strict_resume,
         **settings,
     )

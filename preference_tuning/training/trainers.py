@@ -7,7 +7,7 @@ kernel), and that branch calls the method overridden here, so that every loss ty
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from preference_tuning.config import StageConfig
 from preference_tuning.models import scoring, weights
 from preference_tuning.models.chat import PairTokens
-from preference_tuning.training import processes, sharing
+from preference_tuning.training import checkpoints, processes, sharing
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -84,7 +84,10 @@ class _ByLength:
     model: Any
     accelerator: Any
     data_collator: Any
+    state: Any
     _total_train_tokens: int
+    publish: Callable[[int], None]
+    """Puts the checkpoint of a step in place when all processes have written theirs of it; the first one calls it."""
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LengthBatches:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -102,6 +105,24 @@ class _ByLength:
         )
         here = self.accelerator.device
         return prepare_data_loader(loader, here, num_processes=1, process_index=0, put_on_device=True)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: a checkpoint is for this job only."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where a checkpoint is written; it is put in place when it is complete."""
+        return str(checkpoints.aside(Path(self.args.output_dir)))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        processes.wait()  # for the files of the others: each writes its random state
+        if self.state.is_world_process_zero:
+            self.publish(self.state.global_step)
+
+    def _run_epoch(self, **how: Any) -> None:
+        # A loop that is resumed after its last step, in the middle of an epoch, would take one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**how)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if weights.is_adapter(Path(resume_from_checkpoint)):
