@@ -1,9 +1,8 @@
 """Everything of a run that can be known to be wrong before it costs anything."""
 
-import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
@@ -87,21 +86,16 @@ def _resume(config: RunConfig) -> str:
     source = locate(config.base_model)
     dataset = job.prepare_for_run(job.of_run(config, source))
     comet = CometRun(config=config.tracking, experiment_key="", folder=Path())
-    settings: dict[str, Any] = {"name": config.registry.name, "training": config.training}
-    build = functools.partial(
-        training_job.from_artifacts,
-        base_model=config.base_model,
-        source=source,
-        dataset=dataset,
-        output_dir=Path(config.output_dir).expanduser(),
-        comet=comet,
-        **settings,
-    )
-    sft = build("sft", lora=config.lora, sft=config.sft)
-    unfinished.check(sft)
+    stages: dict[Literal["sft", "dpo"], dict[str, Any]] = {"sft": {"lora": config.lora, "sft": config.sft}}
     if config.finetuning_type == "dpo":
+        stages["dpo"] = {"dpo": config.dpo}
+    out, name = Path(config.output_dir).expanduser(), config.registry.name
+    for stage, settings in stages.items():
+        work = training_job.from_artifacts(
+            stage, config.base_model, source, dataset, out, comet, config.training, name=name, **settings
+        )
         # What SFT will leave is known only when it is done.
-        unfinished.check(build("dpo", dpo=config.dpo), but=("adapter_hash",))
+        unfinished.check(work, but=("adapter_hash",) if stage == "dpo" else ())
     return "no unfinished training stands in the way"
 
 

@@ -5,6 +5,8 @@ does it, or with the exit code of one that ended. A command leads a process grou
 are forked too, and belong to the group.
 """
 
+import contextlib
+import functools
 import json
 import os
 import runpy
@@ -21,13 +23,19 @@ ROOT = Path(__file__).parent.parent
 class Commands:
     """The process that commands are forked from, seen from a test."""
 
-    def __init__(self) -> None:
+    def __init__(self, zenml: Path) -> None:
+        """Start it; ``zenml`` is the folder of ZenML's settings and database, which its import decides on."""
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "ZENML_CONFIG_PATH": str(zenml)},
         )
 
     def start(self, folder: Path, *words: str) -> int:
-        """Start ``run.py`` with ``words`` in a folder, with the ZenML store beside it, and return its pid."""
+        """Start ``run.py`` with ``words`` in a folder, and return its pid."""
         return self._ask({"folder": str(folder), "words": words})
 
     def wait(self, pid: int) -> int:
@@ -93,13 +101,14 @@ class Forked:
 def _be_the_job(command: list[str], env: dict[str, str], kept: set[int]) -> None:
     import logging
 
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in kept:
-            _close(int(name))
+    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):
+                os.close(fd)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
     # ZenML's own ones write into the log of the step, behind locks that another thread may have held.
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    _open_terminal()
     for logger in (logging.getLogger(), logging.getLogger("zenml")):
         logger.handlers.clear()
     os.environ.clear()
@@ -109,11 +118,8 @@ def _be_the_job(command: list[str], env: dict[str, str], kept: set[int]) -> None
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _close(fd: int) -> None:
-    try:
-        os.close(fd)
-    except OSError:
-        pass
+def _open_terminal() -> None:
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
 
 
 def _be_the_command(folder: Path, words: list[str]) -> None:
@@ -125,8 +131,8 @@ def _be_the_command(folder: Path, words: list[str]) -> None:
     for fd in (1, 2):
         os.dup2(terminal, fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-    os.environ.update(ZENML_CONFIG_PATH=str(folder.parent / "zenml"), TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
+    _open_terminal()
+    os.environ.update(TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
     jobs.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
     sys.argv = ["run.py", *words]
     runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -171,7 +177,7 @@ def _serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _in_child(lambda: _be_the_command(Path(asked["folder"]), asked["words"]))
+                _in_child(functools.partial(_be_the_command, Path(asked["folder"]), asked["words"]))
         print(answer, flush=True)
 
 

@@ -20,6 +20,7 @@ from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card, evidence
 from preference_tuning.registry.folder import FolderRegistry, Version
 from preference_tuning.tracking.comet import Comet, CometRun
+from preference_tuning.training import unfinished
 from preference_tuning.training.job import METRICS, TrainingRecord
 
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -71,7 +72,7 @@ class Registered(BaseModel):
 
 
 def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) -> Registered:
-    """Store a result as a version, and make it champion if its evidence allows.
+    """Store a result as a version, make it champion if its evidence allows, and remove what only training needed.
 
     The evaluation's verdict is final only where there is no champion; a champion is beaten, or at least equalled
     within the tolerance, on the same held-out pairs.
@@ -98,6 +99,7 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
     )
     if verdict.decision == "promote":
         registry.promote(version.id)
+    unfinished.clear(result.output_dir)
     now = registry.champion()
     champion = now.version if now else None
     return Registered(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from preference_tuning.training.job import TrainingJob
 
 FORCED = "-forced"
-"""How the folder of a job ends that went on with the checkpoints of another: its result is never taken for a clean one."""
+"""How the folder of a job ends that went on with the checkpoints of another: its result never passes for clean."""
 
 UNFORCEABLE = ("lora", "fsdp", "base_model.load_in_4bit", "sft.optim", "dpo.optim")
 """What the files of a checkpoint have their form from."""
@@ -86,6 +86,13 @@ def settle(job: TrainingJob, again: bool = False) -> tuple[Path, TrainingJob]:
     return forced, job.model_copy(update={"forced": _forced(forced, job)})
 
 
+def clear(output_dir: Path) -> None:
+    """Remove the checkpoints of finished jobs; called when a result is published, and with it safe."""
+    for folder in (output_dir / "jobs").glob("*"):
+        if _finished(folder) and (folder / checkpoints.FOLDER).is_dir() and not _runs(folder):
+            checkpoints.remove(folder)
+
+
 def _exact(job: TrainingJob) -> Path:
     return (job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}").absolute()
 
@@ -131,7 +138,7 @@ def _changed(checkpoint: Path, folder: Path, job: TrainingJob, but: tuple[str, .
     known = [key for key in wanted if key not in but]
     changed = checkpoints.differences({k: found.get(k) for k in known}, {k: wanted[k] for k in known})
     # What was mixed once is not clean because the settings came back.
-    return changed or (["forced before"] if folder.name.endswith(FORCED) else [])
+    return changed or (["it went on with other settings before"] if folder.name.endswith(FORCED) else [])
 
 
 def _refusal(job: TrainingJob, other: Unfinished) -> str:
@@ -145,8 +152,8 @@ def _refusal(job: TrainingJob, other: Unfinished) -> str:
 def _check_forceable(job: TrainingJob, other: Unfinished) -> None:
     if stuck := [line for line in other.changed if line.partition(":")[0].startswith(UNFORCEABLE)]:
         raise ConfigError(
-            f"{job.stage}: the checkpoints in {other.folder} cannot go on with {'; '.join(stuck)}. Undo that, or remove "
-            "them by --set training.unfinished=start_over"
+            f"{job.stage}: the checkpoints in {other.folder} cannot go on with {'; '.join(stuck)}. Undo that, or "
+            "remove them by --set training.unfinished=start_over"
         )
 
 
@@ -156,8 +163,8 @@ def _remove(other: Unfinished, successor: Path) -> None:
         f"unfinished training in {other.folder.name}, at step {other.step}, was removed: {'; '.join(other.changed)}"
     )
     successor.mkdir(parents=True, exist_ok=True)
-    events.add(successor, "started_over", message, folder=other.folder.name, step=other.step, changed=other.changed)
-    print(f"  {message}", file=sys.stderr)
+    events.add(successor, "started_over", message, removed=other.folder.name, step=other.step, changed=other.changed)
+    _say(message)
     # Under a name that no job has, so that a removal cut short leaves no damaged job.
     hidden = other.folder.with_name(f".removed-{other.folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -174,12 +181,13 @@ def _forced(folder: Path, job: TrainingJob) -> dict[str, Any]:
     assert newest is not None
     before = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
     came_from = f"{job.stage}-{fingerprint.of_value(checkpoints.sealed_in(newest).identity)[:16]}"
-    forced = {"from": came_from, "step": checkpoints.step_of(newest), "changed": _changed(newest, folder, job)}
-    if before.get("forced"):
-        forced["changed"] = [*before["forced"]["changed"], *forced["changed"]]
-    message = (
-        f"{job.stage.upper()}: goes on from step {forced['step']} of {came_from} with {'; '.join(forced['changed'])}"
-    )
+    changed = [*(before.get("forced") or {}).get("changed", []), *_changed(newest, folder, job)]
+    forced = {"from": came_from, "step": checkpoints.step_of(newest), "changed": changed}
+    message = f"{job.stage.upper()}: goes on from step {forced['step']} of {came_from} with {'; '.join(changed)}"
     events.add(folder, "forced_resume", message, to=folder.name, **forced)
-    print(f"  {message}", file=sys.stderr)
+    _say(message)
     return forced
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"  {message}\n")
