@@ -156,6 +156,8 @@ def _in_child(act: Any) -> None:
 
 
 def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed while importing is no answer
     sys.path.insert(0, str(ROOT))
     os.environ.update(ZENML_ANALYTICS_OPT_IN="false", ZENML_LOGGING_VERBOSITY="WARN")
     from zenml.utils import source_utils
@@ -178,7 +180,7 @@ def _serve() -> None:
             answer = os.fork()
             if answer == 0:
                 _in_child(functools.partial(_be_the_command, Path(asked["folder"]), asked["words"]))
-        print(answer, flush=True)
+        print(answer, file=answers, flush=True)
 
 
 if __name__ == "__main__":
