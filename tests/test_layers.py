@@ -23,6 +23,7 @@ OWNERS = {
 GROUND = {"errors", "events", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
 ROOMS = {
     "errors": set(),
+    "interruption": set(),
     "events": set(),
     "fingerprint": set(),
     "progress": set(),

@@ -33,6 +33,7 @@ PROVED_BY = {
     "base_model.chat_template": "test_settings_world.py::test_the_chat_template_makes_the_tokens",
     "training.processes": "test_processes.py::test_two_processes_do_what_one_does",
     "training.fsdp": "test_processes.py::test_sharded_weights_are_what_accelerate_and_the_model_understand",
+    "training.unfinished": "test_unfinished.py::test_other_work_is_refused_continued_or_removed",
     "lora": "test_full.py::test_a_full_run_trains_every_weight_from_the_sft_policy",
     "lora.rank": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.alpha": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
