@@ -36,11 +36,14 @@ def alive(pipeline: str, output_dir: Path) -> Iterator[dict[str, str]]:
     if not (orchestrator.is_local and orchestrator.is_synchronous):
         yield {}
         return
-    _reconcile(pipeline)
     lock = (output_dir / "runs" / f"{uuid.uuid4().hex}.lock").absolute()
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
+    _reconcile(pipeline)
+    _clear(lock.parent)
+    aside = lock.with_suffix(".new")
+    with aside.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        aside.rename(lock)  # held from the moment that others can see it
         try:
             yield {LOCK: str(lock), HOST: socket.gethostname()}
         except BaseException as error:
@@ -63,6 +66,14 @@ def _reconcile(pipeline: str) -> None:
             _fail(run, KILLED, {})
             lock.unlink(missing_ok=True)
             print(f"  run {run.name}: {KILLED}", file=sys.stderr)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the locks of processes that were killed before their run began."""
+    for lock in folder.glob("*.lock"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), lock.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.unlink()
 
 
 def _tell(pipeline: str, lock: str, error: BaseException) -> None:

@@ -48,9 +48,8 @@ class Commands:
 
     def close(self) -> None:
         """End the process."""
-        assert self._server.stdin
-        self._server.stdin.close()
-        self._server.wait(30)
+        self._server.kill()
+        self._server.communicate()
 
     def _ask(self, question: dict[str, Any]) -> int:
         assert self._server.stdin
@@ -167,11 +166,15 @@ def _serve() -> None:
     import peft  # noqa: F401
     import trl.trainer.dpo_trainer
     import trl.trainer.sft_trainer  # noqa: F401
+    from zenml import environment
     from zenml.integrations.registry import integration_registry
 
     import pipelines.training  # noqa: F401
 
     integration_registry.activate_integrations()
+    # Each run would ask pip for them twice.
+    packages = environment.get_python_packages()
+    environment.get_python_packages = lambda: packages
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:

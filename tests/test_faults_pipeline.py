@@ -84,7 +84,8 @@ class Folder:
         return self._commands.wait(pid)
 
     def said(self) -> str:
-        return (self.path / "terminal.txt").read_text(encoding="utf-8")
+        path = self.path / "terminal.txt"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def await_phase(self, pid: int, phase: str) -> None:
         """Wait until the run is in a phase, or past it."""
@@ -224,6 +225,8 @@ def test_other_settings_beside_unfinished_training_are_refused_or_forced(world: 
     forced = record["forced"]
     assert forced["changed"] == ["sft.learning_rate: 0.003 -> 0.0004", "sft.num_train_epochs: 30.0 -> 31.0"]
     assert record["job"].endswith("-forced")
+    report = folder.one("registry/*/versions/*/evidence/sft/report.html").read_text(encoding="utf-8")
+    assert "sft.learning_rate: 0.003" in report
     assert record["steps"] == record["max_steps"]
     name = "sft/train/learning_rate"
     rates = {point["step"]: point["metrics"][name] for point in folder.metrics("sft") if name in point["metrics"]}

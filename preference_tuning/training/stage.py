@@ -65,6 +65,8 @@ class Stage:
         train, held_out = self._rows(job.split, answers), self._rows("held_out", answers)
         self._check_disk(model, job.settings.total_steps(len(train.rows), job.processes))
         self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
+        if job.forced:
+            self.comet.log_others({f"{job.stage}/forced/{name}": str(value) for name, value in job.forced.items()})
         trainer = self._trainer(model, train.rows, held_out.rows)
         processes.draw_apart(job.settings.seed)
         seconds = self._train(trainer, checkpoint)
