@@ -166,15 +166,15 @@ def _serve() -> None:
     import peft  # noqa: F401
     import trl.trainer.dpo_trainer
     import trl.trainer.sft_trainer  # noqa: F401
-    from zenml import environment
+    from zenml.environment import Environment
     from zenml.integrations.registry import integration_registry
 
     import pipelines.training  # noqa: F401
 
     integration_registry.activate_integrations()
     # Each run would ask pip for them twice.
-    packages = environment.get_python_packages()
-    environment.get_python_packages = lambda: packages
+    packages = Environment.get_python_packages()
+    Environment.get_python_packages = staticmethod(lambda: packages)
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:
