@@ -96,10 +96,13 @@ def kill_in_write(number: int, checkpoints: Path) -> None:
     aside = checkpoints / ".writing"
     done, saves = 0, 0
 
-    def count() -> bool:
+    def now(what: str, path: Path) -> bool:
         nonlocal done
         done += saves > 0
-        return saves > 0 and done == number
+        if saves > 0 and done == number:
+            os.write(2, f"killed at {what} {path.name}\n".encode())
+            return True
+        return False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal saves
@@ -109,34 +112,48 @@ def kill_in_write(number: int, checkpoints: Path) -> None:
         saves += event == "os.mkdir" and path.parent == aside
         if saves > 1:
             os._exit(WHOLE_WRITE)
-        if count():
+        if now(event, path):
             kill()
 
     sys.addaudithook(hook)
-    _half_written(count)
+    _half_written(now)
 
 
 def _changed(event: str, arguments: tuple[Any, ...]) -> Path | None:
-    """Return what an operation that Python is about to do changes on disk."""
+    """Return what an operation that Python is about to do makes or takes away."""
     if event == "open":
         path, _, flags = arguments
         writes = isinstance(path, str | bytes | os.PathLike) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         return Path(os.fsdecode(path)) if writes else None
-    if event in ("os.mkdir", "os.rename", "os.rmdir"):
-        name, folder = os.fsdecode(arguments[0]), arguments[-1] if event == "os.rmdir" else -1
+    if event == "os.rename":
+        return Path(os.fsdecode(arguments[1]))
+    if event == "os.mkdir":
+        path = Path(os.fsdecode(arguments[0]))
+        return None if path.is_dir() else path
+    if event == "os.rmdir":
+        name, folder = arguments
         return Path(name) if folder == -1 else Path(f"/proc/self/fd/{folder}").readlink() / name
     return None
 
 
-def _half_written(now: Callable[[], bool]) -> None:
+def _half_written(now: Callable[[str, Path], bool]) -> None:
     """Let the process be killed with half of a file on disk, where that file is written outside of Python."""
     import safetensors.torch
     import torch
+    from transformers import PreTrainedTokenizerFast
+
+    save_tokenizer = PreTrainedTokenizerFast._save_pretrained
+
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+        def write(_: None, path: Path) -> Any:
+            return save_tokenizer(self, str(path.parent), *args, **kwargs)
+
+        return wrap(write)(None, Path(save_directory) / "tokenizer.json")
 
     def wrap(write: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(write)
         def wrapped(what: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
-            end = now()
+            end = now("half of", Path(path))
             done = write(what, path, *args, **kwargs)
             if end:
                 os.truncate(path, Path(path).stat().st_size // 2)
@@ -145,6 +162,7 @@ def _half_written(now: Callable[[], bool]) -> None:
 
         return wrapped
 
+    PreTrainedTokenizerFast._save_pretrained = save_pretrained
     torch.save = wrap(torch.save)
     safetensors.torch.serialize_file = wrap(safetensors.torch.serialize_file)
 

@@ -126,20 +126,23 @@ def test_a_job_killed_in_every_step(at: Place, whole: dict[str, Path], tmp_path:
 def test_a_job_killed_in_every_operation_of_a_checkpoints_write(at: Place, tmp_path: Path) -> None:
     """Some operations put a checkpoint in place, so the job is a longer one; it writes a checkpoint in every step."""
     often = TrainingConfig(save_every_minutes=1e-9)
-    work = at.job("sft", training=often, num_train_epochs=3, save_steps=1.0, eval_steps=1.0)
+    work = at.job("sft", training=often, num_train_epochs=3, save_steps=0.99, eval_steps=0.99)
     undisturbed, folder = (faulty.place(work, tmp_path / name) for name in ("undisturbed", "killed"))
     assert faulty.run(undisturbed) == 0, error(undisturbed)
     place = folder / checkpoints.FOLDER
-    operation, newest = 0, -1
+    assert faulty.run(folder, functools.partial(faulty.kill_at_step, 4)) == faulty.KILLED
+    operation, newest = 0, 3
     while (code := faulty.run(folder, functools.partial(faulty.kill_in_write, operation + 1, place))) == faulty.KILLED:
         operation += 1
         found, rejected = checkpoints.newest_good(place)
         assert rejected == [], "a folder with a checkpoint's name is complete"
-        step = checkpoints.step_of(found) if found else 0
+        step = checkpoints.step_of(found) if found else -1
         assert step >= newest, "the last good checkpoint was deleted"
         newest = step
     assert code == faulty.WHOLE_WRITE
-    assert operation > 20
+    killed = {line.split()[-1] for line in faulty.said(folder).splitlines() if line.startswith("killed at")}
+    assert killed >= {path.name for path in (place / f"checkpoint-{newest}").iterdir()}, "at every file"
+    assert killed >= {"checkpoint-4", ".deleting-checkpoint-2"}, "putting in place, and removing"
     assert faulty.run(folder) == 0, error(folder)
     assert_same(folder, undisturbed)
     assert [path.name for path in sorted(place.iterdir())] == [".writing", "checkpoint-17", "checkpoint-18"]
@@ -374,8 +377,9 @@ def test_a_disk_that_is_too_small_is_told_before_training(at: Place, small_disk:
 def test_a_disk_that_fills_up_midway_costs_nothing(at: Place, whole: dict[str, Path], small_disk: Path) -> None:
     """It is full for the metrics, for the weights, for the optimizer, for the small files; each time space is freed."""
     folder, filler = faulty.place(at.job("sft"), small_disk / "sft"), small_disk / "filler"
-    weights = (whole["sft"] / job.ADAPTER / ADAPTER).stat().st_size
-    for step, left in ((5, 0), (6, 4096), (6, weights // 2), (6, 2 * weights), (6, 4 * weights)):
+    files = [path.stat().st_size for path in (whole["sft"] / "checkpoints" / "checkpoint-9").iterdir()]
+    pages = sum(4096 * -(-size // 4096) for size in files)
+    for step, left in ((5, 0), (6, 4096), (6, pages // 5), (6, pages * 4 // 5), (6, pages - 8192)):
         code = faulty.run(folder, functools.partial(faulty.fill_disk, step, filler, left))
         assert code == PreferenceTuningError.exit_code, left
         assert "is full" in error(folder)

@@ -16,8 +16,14 @@ COPIES = 3
 FIXED = 64_000
 """Bytes of a checkpoint's small files: settings, schedule, random states, manifest."""
 
+OF_TENSOR = 1_000
+"""Bytes by which files say what a tensor and its moments are."""
+
 STATE_OF_STEP = 1_100
 """Bytes that a step adds to trainer_state.json at most; DPO logs most."""
+
+RESERVE, RESERVED = ".reserve", 64_000
+"""A file in the folder of the checkpoints, and its bytes: room for the error that says that there is none."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SAYS_FULL = ("No space left on device", "Disk quota exceeded")
@@ -46,7 +52,7 @@ def checkpoint_size(parameters: Iterable[Any], tokenizer: Any, optimizer: str, s
     """
     trained = [p for p in parameters if p.requires_grad]
     again = sum(p.numel() * p.element_size() for p in trained) if sharded else 0
-    moments = sum(_moments(p, optimizer) for p in trained)
+    moments = sum(_moments(p, optimizer) + OF_TENSOR for p in trained)
     return weights_size(trained, tokenizer) + again + moments + FIXED + steps * STATE_OF_STEP
 
 
@@ -76,6 +82,17 @@ def check(folder: Path, checkpoint: int, result: int) -> None:
             f"output_dir: the disk of {folder.parent} has {_mb(free)} MB free, and {_mb(needed)} MB are needed "
             f"for {COPIES} checkpoints and the result; free some space, or set output_dir to another disk"
         )
+
+
+def reserve(folder: Path) -> None:
+    """Hold the room back in which an error can be told on a full disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESERVE).write_bytes(bytes(RESERVED))
+
+
+def release(folder: Path) -> None:
+    """Give back what ``reserve`` holds."""
+    (folder / RESERVE).unlink(missing_ok=True)
 
 
 def is_full(error: BaseException | None, folder: Path, checkpoint: int) -> bool:

@@ -56,6 +56,8 @@ class Stage:
             checkpoints.clean(self.checkpoints)
             intact, _ = checkpoints.newest_good(self.checkpoints)
             raise disk.full(self.checkpoints, self.checkpoint_size, intact) from error
+        finally:
+            disk.release(self.checkpoints)
 
     def _run(self) -> TrainingRecord | None:
         job = self.job
@@ -114,6 +116,8 @@ class Stage:
         sharded = self.job.fsdp != "off"
         self.checkpoint_size = disk.checkpoint_size(parameters, tokenizer, optimizer, steps, sharded)
         disk.check(self.checkpoints, self.checkpoint_size, disk.weights_size(parameters, tokenizer))
+        if self.first:
+            disk.reserve(self.checkpoints)
 
     def _train(self, trainer: Any, checkpoint: Path | None) -> float:
         """Run the trainer from ``checkpoint`` on and return the seconds of training, those of earlier legs included."""
