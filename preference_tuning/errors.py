@@ -20,6 +20,11 @@ class PreferenceTuningError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "", facts: dict[str, str] | None = None) -> None:
+        """Take the message, and facts that belong beside it in a dashboard."""
+        super().__init__(message)
+        self.facts = facts or {}
+
 
 class ConfigError(PreferenceTuningError):
     """The run config contradicts itself, or names something that is not there."""
@@ -65,11 +70,13 @@ BY_EXIT_CODE: dict[int, type[PreferenceTuningError]] = {
 
 
 def find(error: BaseException | None) -> PreferenceTuningError | None:
-    """Return the first of ours in a chain of causes (ZenML wraps what a step raises)."""
+    """Return the first of ours in a chain of causes (ZenML wraps what a step raises); a signal counts as one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, PreferenceTuningError):
             return error
+        if isinstance(error, KeyboardInterrupt):
+            return InterruptedJobError(str(error) or "interrupted; the same command continues it")
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zenml import get_step_context
 
+from preference_tuning import interruption
 from preference_tuning.config import RunConfig
 from preference_tuning.tracking.comet import CometRun
 
@@ -28,6 +29,11 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
+    def model(self) -> str:
+        """Whose training this is: the name in the registry."""
+        return self.config.registry.name
+
+    @property
     def comet(self) -> CometRun:
         """The one experiment of the run; its key is the id of the ZenML run."""
         folder = (self.output_dir / "comet" / self.id).absolute()
@@ -36,6 +42,7 @@ class Run:
 
 def current_run() -> Run:
     """Return the run of the current step."""
+    interruption.check()
     run = get_step_context().pipeline_run
     return Run(
         id=run.id.hex,

@@ -23,6 +23,7 @@ OWNERS = {
 GROUND = {"errors", "events", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
 ROOMS = {
     "errors": set(),
+    "interruption": set(),
     "events": set(),
     "fingerprint": set(),
     "progress": set(),
@@ -36,7 +37,7 @@ ROOMS = {
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
-    "preflight": GROUND | {"data", "models", "tracking", "registry"},
+    "preflight": GROUND | {"data", "models", "tracking", "training", "registry"},
     "inspection": GROUND | {"data", "models"},
 }
 

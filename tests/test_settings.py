@@ -36,6 +36,7 @@ PROVED_BY = {
     "training.save_every_minutes": "test_settings.py::test_checkpoints_are_written_by_time_too",
     "training.strict_resume": "test_faults_checkpoints.py::test_without_an_intact_checkpoint_a_stage_starts_over_or_is_refused",
     "training.retries": "test_faults_jobs.py::test_what_does_not_pass_is_tried_no_more_than_it_may",
+    "training.unfinished": "test_unfinished.py::test_other_work_is_refused_continued_or_removed",
     "lora": "test_full.py::test_a_full_run_trains_every_weight_from_the_sft_policy",
     "lora.rank": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.alpha": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",

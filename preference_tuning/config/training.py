@@ -24,6 +24,9 @@ class TrainingConfig(Section):
     """The longest that training goes on without a checkpoint, beside those of save_steps; null: only those."""
     strict_resume: bool = False
     """Where a stage has checkpoints and none is intact: stop, instead of starting the stage over with a warning."""
+    unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
+    """What becomes of interrupted training of the same registry.name with other settings, data, base model or code:
+    refuse to run beside it, continue it with what is new (``--force-resume``), or remove it and start over."""
 
     def contradictions(self, backend: str, four_bits: bool) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together.

@@ -59,6 +59,7 @@ class _Evaluating:
             data_fingerprint=job.data_fingerprint,
             base_model_fingerprint=job.source.fingerprint,
             template_hash=chat.template_hash(self.base.tokenizer),
+            adapter_hashes=job.adapter_hashes,
             beta=job.beta,
             models=models,
             samples=_samples(asked, answers),
@@ -181,8 +182,9 @@ class _Evaluating:
             for model, figures in evaluation.models.items()
             for name, figure in figures.items()
         }
-        spool = Spool(self.evidence / jobs_of_evaluation.METRICS)
         point = Point(step=0, metrics=metrics)
+        # A spool keeps what lies before its start, and a killed evaluation left this very point.
+        spool = Spool(self.evidence / jobs_of_evaluation.METRICS, resume_at=-1)
         spool.append(point)
         spool.close()
         self.comet.log(point)

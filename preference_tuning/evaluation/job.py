@@ -78,6 +78,8 @@ class Evaluation(BaseModel):
     data_fingerprint: str
     base_model_fingerprint: str
     template_hash: str
+    adapter_hashes: dict[str, str]
+    """Of the tuned weights that were scored, by stage."""
     beta: float
     models: dict[str, dict[str, statistics.Figure]]
     samples: list[Sample]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
-from scipy import stats
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Scores = Mapping[str, Array]
@@ -32,6 +31,8 @@ class Figure(BaseModel):
 
 def preference_accuracy(margins: Array) -> Figure:
     """Return the share of positive margins, ties as half, with Wilson's interval (1927), which holds at 0 and 1."""
+    from scipy import stats  # most of a second that only the figures need
+
     n = len(margins)
     share = float(np.mean(np.where(np.isfinite(margins), np.heaviside(margins, 0.5), np.nan)))
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
@@ -45,6 +46,8 @@ def mean(values: Array, seed: int) -> Figure:
     value = float(np.mean(values))
     if len(values) < 2 or not np.isfinite(values).all() or np.ptp(values) == 0:
         return Figure(value=value, low=value, high=value)
+    from scipy import stats
+
     found = stats.bootstrap(
         (values,),
         np.mean,

@@ -91,9 +91,8 @@ def largest(model: Any) -> float:
 
 
 def problem(folder: Path) -> str | None:
-    """Return what is wrong with saved weights (missing, non-finite, absurdly large), or None."""
-    import torch
-    from safetensors import safe_open
+    """Return what is wrong with saved weights (missing, cut off, non-finite, absurdly large), or None."""
+    from safetensors import SafetensorError
 
     names = files(folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -101,11 +100,24 @@ def problem(folder: Path) -> str | None:
     for name in names:
         if name == INDEX:
             continue
-        with safe_open(folder / name, "pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 (not a dict)
-                weight = stored.get_tensor(key)
-                if not torch.isfinite(weight).all():
-                    return f"{key} has values that are not finite"
-                if weight.abs().max() > LARGEST:
-                    return f"{key} reaches {weight.abs().max():.3g}, far beyond any healthy weight"
+        try:
+            told = _sick(folder / name)
+        except SafetensorError as error:
+            return f"{name} cannot be read: {error}"
+        if told:
+            return told
+    return None
+
+
+def _sick(path: Path) -> str | None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as stored:
+        for key in stored.keys():  # noqa: SIM118 (not a dict)
+            weight = stored.get_tensor(key)
+            if not torch.isfinite(weight).all():
+                return f"{key} has values that are not finite"
+            if weight.abs().max() > LARGEST:
+                return f"{key} reaches {weight.abs().max():.3g}, far beyond any healthy weight"
     return None

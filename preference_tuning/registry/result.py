@@ -17,10 +17,11 @@ from preference_tuning.evaluation.gate import Rule, Verdict
 from preference_tuning.evaluation.job import BASE, Evaluation
 from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource
-from preference_tuning.registry import card
+from preference_tuning.registry import card, evidence
 from preference_tuning.registry.folder import FolderRegistry, Version
 from preference_tuning.tracking.comet import Comet, CometRun
-from preference_tuning.training.job import METRICS, RECORD, TrainingRecord
+from preference_tuning.training import unfinished
+from preference_tuning.training.job import METRICS, TrainingRecord
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -37,7 +38,7 @@ class Result(BaseModel):
     adapter: Path
     """The folder of the last stage's weights: an adapter or a full model."""
     training: dict[str, Path]
-    """The evidence folder of each stage."""
+    """The evidence folder of each stage, in their order."""
     evaluation: Path
     config: RunConfig
     comet: CometRun
@@ -46,10 +47,7 @@ class Result(BaseModel):
 
     def records(self) -> dict[str, TrainingRecord]:
         """Return the training record of each stage."""
-        return {
-            stage: TrainingRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
-            for stage, folder in self.training.items()
-        }
+        return evidence.records(self.training)
 
 
 class Registered(BaseModel):
@@ -74,7 +72,7 @@ class Registered(BaseModel):
 
 
 def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) -> Registered:
-    """Store a result as a version, and make it champion if its evidence allows.
+    """Store a result as a version, make it champion if its evidence allows, and remove what only training needed.
 
     The evaluation's verdict is final only where there is no champion; a champion is beaten, or at least equalled
     within the tolerance, on the same held-out pairs.
@@ -83,8 +81,8 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
         PreferenceTuningError: the result is not finished or healthy, or cannot be stored.
     """
     registry = FolderRegistry(config)
+    _check_evidence(result)
     evaluation = evaluation_job.load_summary(result.evaluation)
-    _check_evidence(result, evaluation)
     verdict = evaluation.verdict
     reigning = registry.champion()
     candidate = fingerprint.of_value(fingerprint.manifest(result.adapter))[:16]
@@ -101,6 +99,7 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
     )
     if verdict.decision == "promote":
         registry.promote(version.id)
+    unfinished.clear(result.output_dir)
     now = registry.champion()
     champion = now.version if now else None
     return Registered(
@@ -126,17 +125,14 @@ def track(result: Result, registered: Registered) -> None:
     tracker.end()
 
 
-def _check_evidence(result: Result, evaluation: Evaluation) -> None:
-    """Refuse evidence that belongs to other data, another base model or other weights."""
-    last = result.records()[result.finetuning_type]
-    expected = {
-        "the evaluation's data": (evaluation.data_fingerprint, result.dataset.manifest.split_fingerprint),
-        "the evaluation's base model": (evaluation.base_model_fingerprint, result.source.fingerprint),
-        "the training's result": (last.adapter_hash, fingerprint.of_directory(result.adapter)),
-    }
-    wrong = [what for what, (found, wanted) in expected.items() if found != wanted]
-    if wrong:
-        raise PreferenceTuningError(f"nothing is registered: {', '.join(wrong)} is not that of this run")
+def _check_evidence(result: Result) -> None:
+    """Refuse a result that is not finished, not healthy, or not the one that was measured."""
+    stages = ("sft", "dpo") if result.finetuning_type == "dpo" else ("sft",)
+    found = evidence.problems(
+        stages, result.adapter, result.training, result.evaluation, result.source, result.dataset.manifest
+    )
+    if found:
+        raise PreferenceTuningError(f"nothing is registered: {'; '.join(found)}. Run it again with --no-cache")
 
 
 def _against_champion(

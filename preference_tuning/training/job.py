@@ -8,12 +8,14 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
+from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.events import Event
 from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
+from preference_tuning.training import checkpoints, unfinished
 
 MODULE = "preference_tuning.training"
 ADAPTER, EVIDENCE = "adapter", "evidence"
@@ -51,6 +53,11 @@ class TrainingJob(jobs.Job):
     # These change when training is safe, never what it makes.
     save_every_minutes: float | None = None
     strict_resume: bool = False
+    # Whose training this is, and what becomes of what was begun for it before; neither changes what it makes.
+    name: str = ""
+    unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
+    forced: dict[str, Any] | None = None
+    """As in the record: set where the job goes on with the checkpoints of other settings."""
 
     @property
     def settings(self) -> SFTConfig | DPOConfig:
@@ -141,6 +148,8 @@ class TrainingRecord(BaseModel):
     identity: dict[str, Any]
     adapter_hash: str
     steps: int
+    """Optimizer steps that were done; a finished stage did ``max_steps``."""
+    max_steps: int
     epochs: float
     seconds: float
     rows: int
@@ -168,6 +177,9 @@ class TrainingRecord(BaseModel):
     template_hash: str
     resumed_at: list[int]
     """The steps at which an interrupted job went on, one for each time."""
+    forced: dict[str, Any] | None = None
+    """Of a job that went on with checkpoints of other settings: ``from`` which job, at which ``step``, and what had
+    ``changed``."""
     events: list[Event] = []
     """Interruptions, retries and whatever else did not go straight."""
     reference: ReferenceProof | None = None
@@ -204,14 +216,21 @@ def train(job: TrainingJob, again: bool = False) -> Trained:
     A finished job is not done twice unless ``again``, or unless its weights are no longer what it wrote.
 
     Raises:
+        ConfigError: unfinished training of other settings is in the way.
         DivergedError: a loss, gradient, weight or the reference check is outside what is healthy.
         InterruptedJobError: a signal stopped it after a checkpoint.
         PreferenceTuningError: it failed otherwise.
     """
-    folder = (job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}").absolute()
-    trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again, job.processes))
-    if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
-        trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, True, job.processes))
+    folder, work = unfinished.settle(job, again)
+    try:
+        trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, again, job.processes))
+        if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
+            folder, work = unfinished.settle(job, again=True)
+            trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, True, job.processes))
+    except PreferenceTuningError as error:
+        newest, _ = checkpoints.newest_good(folder / checkpoints.FOLDER)
+        error.facts = {**error.facts, "job": str(folder), "checkpoint": newest.name if newest else "none"}
+        raise
     return trained
 
 
@@ -250,6 +269,7 @@ def from_artifacts(
         processes=processes_of(training, base_model),
         fsdp=training.fsdp,
         retries=training.retries,
+        unfinished=training.unfinished,
         output_dir=output_dir.absolute(),
         comet=comet,
         save_every_minutes=training.save_every_minutes,

@@ -67,6 +67,8 @@ class Stage:
         train, held_out = self._rows(job.split, answers), self._rows("held_out", answers)
         self._check_disk(model, job.settings.total_steps(len(train.rows), job.processes))
         self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
+        if job.forced:
+            self.comet.log_others({f"{job.stage}/forced/{name}": str(value) for name, value in job.forced.items()})
         trainer = self._trainer(model, train.rows, held_out.rows)
         processes.draw_apart(job.settings.seed)
         seconds = self._train(trainer, checkpoint)
@@ -103,7 +105,7 @@ class Stage:
             self._happened("checkpoint_rejected", warning, checkpoint=name, reason=reason)
         if checkpoint is not None:
             step = checkpoints.step_of(checkpoint)
-            checkpoints.check(checkpoint, self.identity)
+            checkpoints.check(checkpoint, self.identity, forced=self.job.forced is not None)
             self._happened("resumed", f"{stage}: continues at step {step}", step=step)
         elif rejected:
             self._happened("started_over", "warning: no checkpoint is intact; the stage starts over")
@@ -290,6 +292,7 @@ class Stage:
             identity=self.identity,
             adapter_hash=fingerprint.of_directory(adapter),
             steps=state.global_step,
+            max_steps=state.max_steps,
             epochs=round(state.epoch or 0.0, 4),
             seconds=round(seconds, 3),
             rows=len(train.rows),
@@ -309,6 +312,7 @@ class Stage:
             backend=job.base_model.backend,
             template_hash=self._template(),
             resumed_at=[event.facts["step"] for event in happened if event.kind == "resumed"],
+            forced=job.forced,
             events=happened,
             reference=self.reference,
             versions={name: importlib.metadata.version(name) for name in VERSIONS},

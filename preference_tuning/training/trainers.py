@@ -104,6 +104,8 @@ class _ByLength:
     model: Any
     accelerator: Any
     data_collator: Any
+    optimizer: Any
+    lr_scheduler: Any
     state: Any
     control: Any
     _total_train_tokens: int
@@ -226,6 +228,23 @@ class _ByLength:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         else:
             weights.restore(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore what was learned and the step; rates, decay and schedule are those of the job.
+
+        A checkpoint brings its own. They differ only where a job is forced to go on with other settings, which
+        transformers would then ignore.
+        """
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.base_lrs = [settings["initial_lr"] for settings in wanted]
+        shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+        schedule._last_lr = [rate * share for rate, share in zip(schedule.base_lrs, shares, strict=True)]
+        for group, settings, rate in zip(self.optimizer.param_groups, wanted, schedule._last_lr, strict=True):
+            group.update({**settings, "lr": rate})
 
 
 def score_in_forward(model: Any, dtype: torch.dtype) -> None:
