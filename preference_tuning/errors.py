@@ -20,8 +20,8 @@ class PreferenceTuningError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str = "", facts: dict[str, str] | None = None) -> None:
-        """Take the message, and facts that belong beside it in a dashboard."""
+    def __init__(self, message: str = "", facts: dict[str, Any] | None = None) -> None:
+        """Take the message, and facts that belong beside it."""
         super().__init__(message)
         self.facts = facts or {}
 
@@ -55,12 +55,7 @@ class TransientError(PreferenceTuningError):
 
 
 class OutOfMemoryError(PreferenceTuningError):
-    """What was to be held in memory did not fit."""
-
-    def __init__(self, message: str, facts: dict[str, Any] | None = None) -> None:
-        """Take the message, and what was measured: see ``training.memory``."""
-        super().__init__(message)
-        self.facts = facts or {}
+    """What was to be held in memory did not fit; its facts are what was measured (``training.memory``)."""
 
 
 BY_EXIT_CODE: dict[int, type[PreferenceTuningError]] = {
