@@ -1,6 +1,7 @@
 """Memory as the operating system counts it: processes that the kernel ended for want of it, and how much there is."""
 
 import os
+import resource
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -19,8 +20,10 @@ def kills(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int
 
 
 def of_machine(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the bytes of main memory that this process may use: the machine's, or the cgroup's if that is less."""
+    """Return the bytes of main memory that this process may use: the machine's, or those of a lower limit."""
+    own_limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits += [own_limit] if own_limit != resource.RLIM_INFINITY else []
     for folder, _, limit in _places(cgroups, own):
         text = _read(folder / limit).strip()
         limits += [int(text)] if text.isdigit() and int(text) < UNLIMITED else []

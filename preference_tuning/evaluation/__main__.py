@@ -80,7 +80,7 @@ class _Evaluating:
         for name in (BASE, *self.job.adapters):
             with self.family.member(None if name == BASE else name) as model:
                 values = self._score(name, model, rows)
-                answers[name] = self._answer(name, model, asked) if asked else []
+                answers[name] = [text for part in self._parts_of(asked) for text in self._answer(name, model, part)]
             scores |= {f"{name}/{side}": values[:, i] for i, side in enumerate(SIDES)}
         return scores, answers
 
@@ -144,6 +144,11 @@ class _Evaluating:
         pairs = in_order(held_out)
         count = min(self.job.config.samples, len(pairs))
         return [pairs[i * len(pairs) // count] for i in range(count)]
+
+    def _parts_of(self, asked: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return what is asked at once: everything, or less of it where memory ran out."""
+        size = -(-len(asked) // self.job.parts) or 1
+        return [asked[start : start + size] for start in range(0, len(asked), size)]
 
     def _answer(self, name: str, model: Any, pairs: list[dict[str, Any]]) -> list[str]:
         """Return greedy answers to the prompts of a batch of pairs."""

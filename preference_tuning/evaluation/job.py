@@ -46,6 +46,10 @@ class EvaluationJob(jobs.Job):
         """How many pieces of a batch are one pair each."""
         return self.config.batch_size
 
+    def what_fits(self, facts: dict[str, Any]) -> str:
+        """Return what to do when pairs one at a time are too much."""
+        return "pairs are scored one at a time already: lower dpo.max_length or evaluation.max_new_tokens"
+
     @property
     def room(self) -> Room:
         """How long a row may be, in tokens."""
