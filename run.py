@@ -15,17 +15,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def main() -> None:
     """Parse the command and hand over; heavy imports come only after the config is known to be good."""
-    options = _parser().parse_args()
-    from preference_tuning.errors import PreferenceTuningError
+    from preference_tuning import interruption
+    from preference_tuning.errors import PreferenceTuningError, find
 
+    interruption.watch()
     try:
+        options = _parser().parse_args()
         options.command(options)
-    except PreferenceTuningError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(75)
+    except (PreferenceTuningError, KeyboardInterrupt) as error:
+        known = find(error)
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(known.exit_code if known else 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as dpo.beta=0.1")
         if name == "train":
             verb.add_argument("--no-cache", action="store_true", help="run every step, whatever is cached")
+            verb.add_argument(
+                "--force-resume",
+                action="store_true",
+                help="continue unfinished training with the settings as they are now",
+            )
         verb.set_defaults(command=command)
     text = "read, check and split preference data, and report what is in it; nothing is trained"
     verb = commands.add_parser("data", help=text, description=text)
@@ -66,7 +71,8 @@ def train(options: argparse.Namespace) -> None:
     from preference_tuning import config
 
     # Before zenml is imported: a typo is answered at once.
-    document = config.load(options.config, options.set).document
+    forced = ["training.unfinished=continue"] if options.force_resume else []
+    document = config.load(options.config, [*options.set, *forced]).document
     import tempfile
 
     import yaml

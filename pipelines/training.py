@@ -15,7 +15,8 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from preference_tuning import fingerprint, preflight
+from pipelines.runs import alive
+from preference_tuning import fingerprint, interruption, preflight
 from preference_tuning.config import (
     BaseModelConfig,
     DataConfig,
@@ -23,6 +24,7 @@ from preference_tuning.config import (
     EvaluationConfig,
     LoraConfig,
     RegistryConfig,
+    RunConfig,
     SFTConfig,
     TrackingConfig,
     TrainingConfig,
@@ -101,16 +103,24 @@ def _training(
 class CheckedPipeline(Pipeline):
     """A pipeline that reads its config with our loader first: ZenML ignores many unknown keys without a word."""
 
+    output_dir = Path(str(RunConfig.model_fields["output_dir"].default))
+
     def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
         """Check the config and what it points to, then let ZenML apply it."""
         with told():
-            if config_path := kwargs.get("config_path"):
-                print(preflight.check(load(Path(config_path)).config))
-            return super().with_options(*args, **kwargs)
+            config_path = kwargs.get("config_path")
+            config = load(Path(config_path)).config if config_path else None
+            if config:
+                print(preflight.check(config))
+            pipeline = super().with_options(*args, **kwargs)
+            if config and isinstance(pipeline, CheckedPipeline):
+                pipeline.output_dir = Path(config.output_dir)
+            return pipeline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
-        with told():
+        with told(), alive(self.name, self.output_dir) as extra:
+            self.configure(extra=extra)
             return super().__call__(*args, **kwargs)
 
 
@@ -126,12 +136,13 @@ _unexplained = _Unexplained()
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Turn our errors into a message and their exit code."""
+    """Turn our errors, and signals, into a message and their exit code."""
+    interruption.watch()
     for handler in (*logging.getLogger().handlers, *logging.getLogger("zenml").handlers):
         handler.addFilter(_unexplained)
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         known = find(error)
         if known is None:
             raise

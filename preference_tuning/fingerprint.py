@@ -4,6 +4,7 @@ Evidence is bound to content, never to names or times, so every identity in the 
 """
 
 import ast
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -80,6 +81,7 @@ def _module_file(module: str) -> Path | None:
     return None
 
 
+@functools.cache
 def _imported(path: Path) -> list[str]:
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from preference_tuning.errors import ConfigError
+from preference_tuning import failures
+from preference_tuning.errors import ConfigError, TransientError
 
 REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -49,7 +50,12 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
 
 
 def download_model(repo_id: str, commit: str) -> Path:
-    """Return the local folder of a model repository at ``commit``, downloading what is missing (no pickles)."""
+    """Return the local folder of a model repository at ``commit``, downloading what is missing (no pickles).
+
+    Raises:
+        ConfigError: it cannot be had.
+        TransientError: not now: the network or the hub failed.
+    """
     return _download(repo_id, commit, MODEL_FILES)
 
 
@@ -59,10 +65,13 @@ def download_tokenizer(repo_id: str, commit: str) -> Path:
 
 
 def _download(repo_id: str, commit: str, files: list[str]) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo_id, revision=commit, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"cannot download model {repo_id!r} at {commit}: {str(error).splitlines()[0]}") from None
+    except (httpx.TransportError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        refusal = TransientError if failures.kind_of(error) == "transient" else ConfigError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise refusal(f"cannot download model {repo_id!r} at {commit}: {reason}") from None

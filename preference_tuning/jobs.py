@@ -5,8 +5,6 @@ folder is named by a hash of the work, so the same work started again continues 
 found finished.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,15 +12,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from preference_tuning import fingerprint
-from preference_tuning.errors import BY_EXIT_CODE, ConfigError, InterruptedJobError, PreferenceTuningError
+from preference_tuning import events, failures, fingerprint, machine_memory, starter, stopping
+from preference_tuning.errors import ConfigError, InterruptedJobError, PreferenceTuningError
+from preference_tuning.failures import Failure
 
 JOB, RESULT, ERROR, LOG, LOCK = "job.json", "result.json", "error.json", "job.log", ".lock"
 
@@ -41,14 +41,36 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 SHUTDOWN_SECONDS = 300
 """How long torchrun waits for its processes to save a checkpoint after a signal, before it kills them."""
 
-Job = TypeVar("Job", bound=BaseModel)
+BACKOFF_SECONDS = 2.0
+"""Before the first retry; twice as long before each further one."""
+
+
+class Job(BaseModel):
+    """What a child reads, and how it is helped along when it fails."""
+
+    retries: int = Field(default=2, ge=0)
+    """Fresh processes after transient failures, for each start of the command."""
+    parts: int = Field(default=1, ge=1)
+    """Pieces that a batch is cut into, of which memory holds one at a time; the work stays the same."""
+
+    @property
+    def most_parts(self) -> int:
+        """How many pieces are one row each; 1 where nothing is gained by cutting."""
+        return 1
+
+    def what_fits(self, facts: dict[str, Any]) -> str:
+        """Return what to do when pieces cannot get smaller, from the ``facts`` that the child measured."""
+        return "use a machine with more memory"
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 Result = TypeVar("Result", bound=BaseModel)
 
 
-def run(
-    module: str, folder: Path, job: BaseModel, result: type[Result], again: bool = False, processes: int = 1
-) -> Result:
+def run(module: str, folder: Path, job: Job, result: type[Result], again: bool = False, processes: int = 1) -> Result:
     """Run ``python -m module folder`` on ``job`` and return its result; at once if this job is already finished.
+
+    After a transient failure it is run again, ``job.retries`` times; when memory ran out, in smaller pieces.
 
     Args:
         module: the child's entry point, which calls ``main``.
@@ -62,16 +84,12 @@ def run(
         PreferenceTuningError: of the kind that the job failed with, or of the base kind if it died.
     """
     _make(folder)
-    with _lock(folder):
+    with starter.lock(folder / LOCK, folder) as lock:
         finished = folder / RESULT
         if again and finished.is_file():
             _clear(folder)
         if not finished.is_file():
-            write_json(folder / JOB, job.model_dump(mode="json"))
-            (folder / ERROR).unlink(missing_ok=True)
-            code = _run_child(module, folder, processes)
-            if code or not finished.is_file():
-                raise _failure(code, folder)
+            _finish(module, folder, job, processes, lock)
         return result.model_validate_json(finished.read_text(encoding="utf-8"))
 
 
@@ -90,25 +108,79 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with (folder / LOCK).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PreferenceTuningError(
-                f"the same job is already running in {folder}; wait for it, or stop it"
-            ) from None
-        yield
+def _finish(module: str, folder: Path, job: Job, processes: int, lock: int) -> None:
+    """Run children until one has done the job.
+
+    Raises:
+        PreferenceTuningError: a failure that trying again does not help.
+    """
+    job, retried = job.model_copy(update={"parts": _parts(folder, job)}), 0
+    while failure := _attempt(module, folder, job, processes, lock):
+        if failure.kind == "out_of_memory":
+            job = _in_smaller_parts(folder, job, failure)
+        elif failure.kind == "transient" and retried < job.retries:
+            _wait(folder, failure, retried)
+            retried += 1
+        else:
+            raise failure.error()
 
 
-def _run_child(module: str, folder: Path, processes: int) -> int:
+def _parts(folder: Path, job: Job) -> int:
+    """Return the parts that an interrupted job had come to."""
+    try:
+        kept = json.loads((folder / JOB).read_text(encoding="utf-8")).get("parts", 1)
+    except (OSError, ValueError):
+        return job.parts
+    return max(job.parts, min(int(kept), job.most_parts))
+
+
+def _in_smaller_parts(folder: Path, job: Job, failure: Failure) -> Job:
+    """Return the job with its batches cut once more.
+
+    Raises:
+        PreferenceTuningError: they cannot be, or it was one row that did not fit, or none had been read yet.
+    """
+    parts = min(2 * job.parts, job.most_parts)
+    if parts == job.parts or failure.facts.get("rows") in (0, 1):
+        raise PreferenceTuningError(f"{failure.message}; {job.what_fits(failure.facts)}")
+    message = f"{failure.message}: a batch now goes through in {parts} pieces, the effective batch stays"
+    events.add(folder, "out_of_memory", message, parts=parts, **failure.facts)
+    print(f"warning: {message}", file=sys.stderr)
+    return job.model_copy(update={"parts": parts})
+
+
+def _wait(folder: Path, failure: Failure, retried: int) -> None:
+    """Note the failure and wait, longer each time."""
+    seconds = BACKOFF_SECONDS * 2**retried
+    events.add(folder, "retried", failure.message, attempt=retried + 2, seconds=seconds)
+    print(f"warning: {failure.message}; attempt {retried + 2} starts in {seconds:g} s", file=sys.stderr)
+    time.sleep(seconds)
+
+
+def _attempt(module: str, folder: Path, job: Job, processes: int, lock: int) -> Failure | None:
+    """Run one child and return how it failed, or None if the job is done."""
+    write_json(folder / JOB, job.model_dump(mode="json"))
+    (folder / ERROR).unlink(missing_ok=True)
+    killed_before = machine_memory.kills()
+    code = _run_child(module, folder, processes, lock)
+    if not code and (folder / RESULT).is_file():
+        return None
+    failure = _failure(code, folder)
+    # A process that the kernel ended could not tell; if it was one of several, another told that it was gone.
+    unexplained = _told(folder) is None or failure.kind == "transient"
+    if unexplained and machine_memory.kills() > killed_before:
+        message = f"the job in {folder} ran out of memory, and the kernel ended it"
+        return Failure(exit_code=1, message=message, kind="out_of_memory")
+    return failure
+
+
+def _run_child(module: str, folder: Path, processes: int, lock: int) -> int:
     several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(several if processes > 1 else []), module, str(folder)]
     # Ctrl-C reaches a process group. torchrun must hear of it once, from here: at a second signal it leaves its
     # processes behind.
     group = 0 if processes > 1 else None
-    child = subprocess.Popen(command, env=_environment(processes), process_group=group)
+    child = subprocess.Popen(command, env=_environment(processes), process_group=group, pass_fds=(lock,))
     try:
         return child.wait()
     except BaseException:
@@ -116,7 +188,7 @@ def _run_child(module: str, folder: Path, processes: int) -> int:
         child.send_signal(signal.SIGTERM)
         child.wait()
         told = _told(folder)
-        if told and told["exit_code"] == InterruptedJobError.exit_code:
+        if told and told.exit_code == InterruptedJobError.exit_code:
             return InterruptedJobError.exit_code
         raise
 
@@ -124,7 +196,7 @@ def _run_child(module: str, folder: Path, processes: int) -> int:
 def _environment(processes: int) -> dict[str, str]:
     root = str(fingerprint.PACKAGE.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**QUIET, **os.environ, "PYTHONPATH": path}
+    environment = {**QUIET, **os.environ, "PYTHONPATH": path, starter.VARIABLE: starter.mark()}
     for name in LAUNCHER:
         environment.pop(name, None)
     if processes > 1:
@@ -135,54 +207,62 @@ def _environment(processes: int) -> dict[str, str]:
     return environment
 
 
-def _told(folder: Path) -> dict[str, Any] | None:
+def _told(folder: Path) -> Failure | None:
     """Return what the child told of its failure; torchrun's exit code says nothing of it."""
-    error = folder / ERROR
-    told: dict[str, Any] | None = json.loads(error.read_text(encoding="utf-8")) if error.is_file() else None
-    return told
+    try:
+        return Failure.model_validate_json((folder / ERROR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or the disk was too full for it
+        return None
 
 
-def _failure(code: int, folder: Path) -> PreferenceTuningError:
+def _failure(code: int, folder: Path) -> Failure:
     if told := _told(folder):
-        return BY_EXIT_CODE.get(told["exit_code"], PreferenceTuningError)(told["message"])
+        return told
+    interrupted = InterruptedJobError.exit_code
+    if -code in stopping.SIGNALS:
+        message = f"the job in {folder} was stopped by {signal.Signals(-code).name}; the same command continues it"
+        return Failure(exit_code=interrupted, message=message)
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return PreferenceTuningError(f"the job in {folder} was ended by {name}{hint}; the same command continues it")
-    return PreferenceTuningError(f"the job in {folder} failed with exit code {code}; its log: {folder / LOG}")
+        message = f"the job in {folder} was ended by {name}{hint}; the same command continues it"
+        return Failure(exit_code=1, message=message)
+    message = f"the job in {folder} ended with exit code {code} and could not write why; its last line is above"
+    return Failure(exit_code=code, message=message)
 
 
-def main(job: type[Job], work: Callable[[Path, Job], BaseModel | None]) -> None:
+def main(job: type[AnyJob], work: Callable[[Path, AnyJob], BaseModel | None]) -> None:
     """Be the child: read the job of the folder in ``sys.argv``, do ``work``, write the result or the error.
 
     Of several processes, one returns a result and the others None.
     """
     folder = Path(sys.argv[1])
     try:
-        result = work(folder, job.model_validate_json((folder / JOB).read_text(encoding="utf-8")))
-    except PreferenceTuningError as error:
-        _tell(folder, error.exit_code, str(error))
-        sys.exit(error.exit_code)
+        with stopping.interruptible():
+            starter.watch()
+            result = work(folder, job.model_validate_json((folder / JOB).read_text(encoding="utf-8")))
+        if result is not None:
+            write_json(folder / RESULT, result.model_dump(mode="json"))
     except Exception as error:
-        message = f"{type(error).__name__}: {error} (traceback in {folder / LOG})"
-        if _tell(folder, 1, message):
-            (folder / LOG).write_text(traceback.format_exc(), encoding="utf-8")
-        sys.exit(1)
-    if result is not None:
-        write_json(folder / RESULT, result.model_dump(mode="json"))
+        failure = failures.account(error, folder / LOG)
+        try:
+            _tell(folder, failure, traceback.format_exc())
+        except OSError as problem:
+            print(f"{failure.message} (not written to {folder}: {problem.strerror})", file=sys.stderr)
+        sys.exit(failure.exit_code)
 
 
-def _tell(folder: Path, exit_code: int, message: str) -> bool:
+def _tell(folder: Path, failure: Failure, trace: str) -> None:
     """Write the error, unless another process of the job was first: its end is then the reason for this one's."""
     aside = folder / f".{os.getpid()}-{ERROR}"
-    write_json(aside, {"exit_code": exit_code, "message": message})
     try:
+        write_json(aside, failure.model_dump(mode="json"))
         (folder / ERROR).hardlink_to(aside)
     except FileExistsError:
-        return False
+        return
     finally:
-        aside.unlink()
-    return True
+        aside.unlink(missing_ok=True)
+    (folder / LOG).write_text(trace, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

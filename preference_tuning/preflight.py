@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
@@ -12,6 +13,8 @@ from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
+from preference_tuning.training import job as training_job
+from preference_tuning.training import unfinished
 
 USUAL = {"sft": 2e-5, "dpo": 5e-7}
 """Learning rates at which a whole model of a few billion parameters is trained (Zephyr, Tunstall et al. 2023)."""
@@ -30,6 +33,7 @@ def check(config: RunConfig) -> str:
         ("training", _training),
         ("data", _data),
         ("judges", _judges),
+        ("resume", _resume),
         ("outputs", _outputs),
         ("registry", _registry),
         ("tracking", _tracking),
@@ -77,6 +81,24 @@ def _data(config: RunConfig) -> str:
     told = [f"{manifest.train} training and {manifest.held_out} held-out pairs in {manifest.source}{left_out}"]
     told += [f"{'':10}{f.level}: {f.message}" for f in (*manifest.findings, *findings.of_run(manifest, config))]
     return "\n".join(told)
+
+
+def _resume(config: RunConfig) -> str:
+    """Look for interrupted training that the run would begin anew beside."""
+    source = locate(config.base_model)
+    dataset = job.prepare_for_run(job.of_run(config, source))
+    comet = CometRun(config=config.tracking, experiment_key="", folder=Path())
+    stages: dict[Literal["sft", "dpo"], dict[str, Any]] = {"sft": {"lora": config.lora, "sft": config.sft}}
+    if config.finetuning_type == "dpo":
+        stages["dpo"] = {"dpo": config.dpo}
+    out, name = Path(config.output_dir).expanduser(), config.registry.name
+    for stage, settings in stages.items():
+        work = training_job.from_artifacts(
+            stage, config.base_model, source, dataset, out, comet, config.training, name=name, **settings
+        )
+        # What SFT will leave is known only when it is done.
+        unfinished.check(work, but=("adapter_hash",) if stage == "dpo" else ())
+    return "no unfinished training stands in the way"
 
 
 def _found(config: RunConfig) -> ModelSource | None:

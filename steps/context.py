@@ -9,6 +9,7 @@ from pathlib import Path
 from zenml import get_step_context
 from zenml.client import Client
 
+from preference_tuning import interruption
 from preference_tuning.config import RunConfig
 from preference_tuning.errors import ConfigError
 from preference_tuning.tracking.comet import CometRun
@@ -30,6 +31,11 @@ class Run:
         return Path(self.config.output_dir)
 
     @property
+    def model(self) -> str:
+        """Whose training this is: the name in the registry."""
+        return self.config.registry.name
+
+    @property
     def comet(self) -> CometRun:
         """The one experiment of the run; its key is the id of the ZenML run."""
         folder = (self.output_dir / "comet" / self.id).absolute()
@@ -38,6 +44,7 @@ class Run:
 
 def current_run() -> Run:
     """Return the run of the current step."""
+    interruption.check()
     run = get_step_context().pipeline_run
     return Run(
         id=run.id.hex,

@@ -39,6 +39,7 @@ def evaluate(
         run.comet,
         beta=beta,
         max_length=max_length,
+        retries=run.config.training.retries,
     )
     evaluated = job.evaluate(work, again=run.fresh)
     log_metadata(evaluated.evaluation.metadata())

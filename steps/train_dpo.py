@@ -27,7 +27,16 @@ def train_dpo(
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(
-        "dpo", base_model, source, Dataset(dataset), run.output_dir, run.comet, training, dpo=dpo, adapter=sft_adapter
+        "dpo",
+        base_model,
+        source,
+        Dataset(dataset),
+        run.output_dir,
+        run.comet,
+        training,
+        dpo=dpo,
+        adapter=sft_adapter,
+        name=run.model,
     )
     trained = job.train(work, again=run.fresh)
     log_metadata(trained.record.summary())

@@ -27,7 +27,16 @@ def train_sft(
     run = current_run()
     source = locate(base_model, expected=base_model_fingerprint)
     work = job.from_artifacts(
-        "sft", base_model, source, Dataset(dataset), run.output_dir, run.comet, training, lora=lora, sft=sft
+        "sft",
+        base_model,
+        source,
+        Dataset(dataset),
+        run.output_dir,
+        run.comet,
+        training,
+        lora=lora,
+        sft=sft,
+        name=run.model,
     )
     trained = job.train(work, again=run.fresh)
     log_metadata(trained.record.summary())

@@ -340,7 +340,7 @@ def test_the_record_and_its_report_show_what_ran() -> None:
         reason="dtype float32: measured against bfloat16",
     )
     record = TrainingRecord(
-        stage="sft", job="sft-1", identity={"sft": {}}, adapter_hash="0", steps=1, epochs=1, seconds=1, rows=1,
+        stage="sft", job="sft-1", identity={"sft": {}}, adapter_hash="0", steps=1, max_steps=1, epochs=1, seconds=1, rows=1,
         held_out_rows=1, dropped_rows=0, cut_rows=0, tokens=1, train_loss=1, metrics={}, trainable_parameters=1,
         compute=ran, processes=1, engine="shared_prompt", engine_reason="", backend="transformers", template_hash="0",
         resumed_at=[], versions={},

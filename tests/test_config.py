@@ -143,6 +143,8 @@ dpo: {beta: 1}
         (MINIMAL + "  lora: {target_modules: []}\n", "at least one module"),
         (MINIMAL + "  registry: {name: ../evil}\n", "must start with a letter or digit"),
         (MINIMAL + "  finetuning_type: kto\n", "'sft' or 'dpo'"),
+        (MINIMAL + "retry: {max_retries: 3}\n", "retry: ZenML would also retry after a signal"),
+        (MINIMAL + "steps: {train_sft: {retry: {max_retries: 3}}}\n", "steps.train_sft.retry: ZenML would also retry"),
         ("a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdef", "bcdefg")), "aliases expand"),
         ("parameters: " + "[" * 3000 + "]" * 3000, "not valid YAML"),
         ("parameters: !!python/object/apply:os.system [echo]\n", "parameters"),
@@ -189,7 +191,6 @@ def test_a_bad_config_is_answered_before_anything_heavy_is_imported(tmp_path: Pa
 
 def test_the_copies_of_zenmls_keys_are_current() -> None:
     from zenml.config.pipeline_run_configuration import PipelineRunConfiguration
-    from zenml.config.retry_config import StepRetryConfig
     from zenml.config.schedule import Schedule
     from zenml.config.step_configurations import StepConfigurationUpdate
     from zenml.model.model import Model
@@ -197,7 +198,6 @@ def test_the_copies_of_zenmls_keys_are_current() -> None:
     internal = {"model_version_id", "suppress_class_validation_warnings"}
     for model, keys in (
         (PipelineRunConfiguration, loading.ZENML_KEYS),
-        (StepRetryConfig, loading.ZENML_RETRY_KEYS),
         (Schedule, loading.ZENML_SCHEDULE_KEYS),
         (StepConfigurationUpdate, loading.ZENML_STEP_KEYS),
         (Model, loading.ZENML_MODEL_KEYS),

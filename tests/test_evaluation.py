@@ -20,7 +20,7 @@ def test_the_dpo_reference_is_not_computed_again(tmp_path: Path) -> None:
     )
     evaluating.job = SimpleNamespace(
         adapter_hashes={"sft": "weights"}, source=SimpleNamespace(fingerprint="base"), output_dir=tmp_path,
-        config=SimpleNamespace(batch_size=8),
+        config=SimpleNamespace(batch_size=8), parts=1,
     )  # fmt: skip
     rows = datasets.Dataset.from_list([{**pair, "length": 10} for pair in PAIRS])
     kept = torch.tensor([[-1.0, -2.0]] * len(rows))

@@ -22,9 +22,11 @@ OWNERS = {
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.
-GROUND = {"errors", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
+GROUND = {"errors", "events", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
 ROOMS = {
     "errors": set(),
+    "interruption": set(),
+    "events": set(),
     "fingerprint": set(),
     "progress": set(),
     "reports": set(),
@@ -37,7 +39,7 @@ ROOMS = {
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
-    "preflight": GROUND | {"data", "models", "tracking", "evaluation", "registry"},
+    "preflight": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
 }
 

@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 from conftest import Finished, Project, make_project, preference_rows, statuses, write_jsonl
 
+from preference_tuning import interruption
+from preference_tuning.errors import ConfigError, DataError, DivergedError, InterruptedJobError, PreferenceTuningError
+from preference_tuning.interruption import Interruption
+
 DPO_STEPS = {"load_preferences", "train_sft", "train_dpo", "evaluate", "register"}
 
 
@@ -243,6 +247,7 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "model",
         "training",
         "data",
+        "resume",
         "outputs",
         "registry",
         "tracking",
@@ -315,6 +320,47 @@ def test_an_interrupted_run_saves_says_so_and_goes_on(finished: Finished) -> Non
         assert "register" not in run["steps"]
     assert done["status"] == "completed"
     assert done["steps"]["train_sft"]["metadata"]["resumed_at"] != "[]"
+
+
+def fail(error: BaseException, wrapped: bool) -> None:
+    if wrapped:
+        raise RuntimeError("a step failed") from error
+    raise error
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PreferenceTuningError("m"), 1),
+        (ConfigError("m"), 2),
+        (DataError("m"), 3),
+        (DivergedError("m"), 4),
+        (InterruptedJobError("m"), 75),
+        (Interruption("m"), 75),
+    ],
+    ids=repr,
+)
+def test_each_kind_of_failure_has_its_exit_code(
+    error: BaseException,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also when ZenML wraps it; what is not ours is raised as it is, and ends as 1."""
+    monkeypatch.setenv("ZENML_CONFIG_PATH", str(tmp_path))
+    from pipelines.training import told
+
+    monkeypatch.setattr(interruption, "watch", lambda: None)
+    capsys.readouterr()  # ZenML greets
+    for wrapped in (False, True):
+        with pytest.raises(SystemExit) as ended, told():
+            fail(error, wrapped)
+        assert ended.value.code == code
+        assert capsys.readouterr().err == "error: m\n"
+    with pytest.raises(ZeroDivisionError), told():
+        raise ZeroDivisionError
 
 
 @pytest.mark.quickstart

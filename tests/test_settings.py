@@ -33,6 +33,10 @@ PROVED_BY = {
     "base_model.chat_template": "test_settings_world.py::test_the_chat_template_makes_the_tokens",
     "training.processes": "test_processes.py::test_two_processes_do_what_one_does",
     "training.fsdp": "test_processes.py::test_sharded_weights_are_what_accelerate_and_the_model_understand",
+    "training.save_every_minutes": "test_settings.py::test_checkpoints_are_written_by_time_too",
+    "training.strict_resume": "test_faults_checkpoints.py::test_without_an_intact_checkpoint_a_stage_starts_over_or_is_refused",
+    "training.retries": "test_faults_jobs.py::test_what_does_not_pass_is_tried_no_more_than_it_may",
+    "training.unfinished": "test_unfinished.py::test_other_work_is_refused_continued_or_removed",
     "lora": "test_full.py::test_a_full_run_trains_every_weight_from_the_sft_policy",
     "lora.rank": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
     "lora.alpha": "test_settings_world.py::test_the_adapter_is_the_one_asked_for",
@@ -135,7 +139,7 @@ def test_the_documentation_has_every_setting_with_its_default() -> None:
     """The tables of docs/training.md against the schema; `none` and words stand for defaults that are not values."""
     text = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
     for title, sections in (
-        ("`base_model`", ("base_model",)), ("`lora`", ("lora",)), ("`sft` and `dpo`", ("sft", "dpo")),
+        ("`base_model`", ("base_model",)), ("`training`", ("training",)), ("`lora`", ("lora",)), ("`sft` and `dpo`", ("sft", "dpo")),
     ):  # fmt: skip
         table = text.partition(f"### {title}\n")[2].partition("\n#")[0]
         rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
@@ -224,6 +228,33 @@ def test_the_seed_gives_the_order_and_the_adapter(workplace: Workplace, runs: Ru
         assert sorted(other[0]) == sorted(order)
         assert other[0] != order
         assert other[1] != weights
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(1.0, [2, 4]), (None, [])])
+def test_checkpoints_are_written_by_time_too(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, minutes: float | None, saves: list[int]
+) -> None:
+    """Of steps of 40 seconds every second one is saved: the clock starts anew with each checkpoint."""
+    from transformers import TrainerControl, TrainerState
+
+    from preference_tuning.training import callbacks
+
+    run = workplace.config()
+    run = run.model_copy(update={"training": run.training.model_copy(update={"save_every_minutes": minutes})})
+    stop, state = callbacks.Stop(workplace.job(run, "sft").save_every_minutes), TrainerState(max_steps=10)
+    state.is_world_process_zero = True
+    now, found = 0.0, []
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
+    stop.on_train_begin(None, state, TrainerControl())
+    for state.global_step in range(1, 6):
+        now += 40
+        control = TrainerControl()
+        stop.on_step_end(None, state, control)
+        assert not control.should_training_stop
+        if control.should_save:
+            found.append(state.global_step)
+            stop.on_save(None, state, control)
+    assert found == saves
 
 
 def test_rows_are_cut_to_their_stages_length(workplace: Workplace, runs: Runs) -> None:

@@ -34,6 +34,17 @@ def test_the_spool_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     assert series(list(read(path)), "sft/train/loss")[-1] == (6, 1.0 / 6)
 
 
+def test_the_spool_is_whole_until_its_successor_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = Spool(path)
+    for point in points(5):
+        first.append(point)
+    first.close()
+    monkeypatch.setattr(Path, "replace", lambda *_: None)
+    Spool(path, resume_at=3)
+    assert list(read(path)) == points(5)
+
+
 def run(folder: Path, mode: str) -> CometRun:
     return CometRun(config=TrackingConfig(mode=mode), experiment_key="a" * 32, folder=folder)  # type: ignore[arg-type]
 

@@ -185,15 +185,32 @@ def test_dpo_from_an_adapter_that_changed_is_refused(
         job.train(work.model_copy(update={"adapter": other}))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_adapters_are_byte_reproducible(
-    run: tuple[RunConfig, Dataset], sft: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: tuple[RunConfig, Dataset],
+    sft: Trained,
+    dpo: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
 ) -> None:
-    """Another process, another hash seed, one thread instead of two."""
+    """Another process, another hash seed, one thread instead of two: the same bytes in every published file."""
+    first = {"sft": sft, "dpo": dpo}[stage]
     monkeypatch.setenv("PYTHONHASHSEED", "7")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    again = job.train(job_of(run, tmp_path, "sft"))
-    assert again.record.adapter_hash == sft.record.adapter_hash
-    assert losses(again) == losses(sft)
+    again = job.train(job_of(run, tmp_path, stage, **({"adapter": sft.adapter} if stage == "dpo" else {})))
+    assert again.record.adapter_hash == first.record.adapter_hash
+    assert fingerprint.manifest(again.adapter) == fingerprint.manifest(first.adapter)
+    assert losses(again) == losses(first)
+    assert {first.record.compute.threads, again.record.compute.threads} == {1, torch_threads()}
+
+
+def torch_threads() -> int:
+    """The threads that torch takes unless it is told otherwise."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def test_the_published_adapter_sits_on_the_original_base(run: tuple[RunConfig, Dataset], dpo: Trained) -> None:
@@ -280,7 +297,7 @@ def test_checkpoints_are_only_trusted_as_sealed(tmp_path: Path, weights: tuple[s
             (folder / name).write_bytes(os.urandom(64))
         if step == 9:
             (folder / weights[-1]).unlink()
-        checkpoints.seal(folder)
+        checkpoints.seal(folder, {})
     assert checkpoints.problem(tmp_path / "checkpoint-9") == f"it has no {weights[-1]}"
     shutil.rmtree(tmp_path / "checkpoint-9")
     newest = tmp_path / "checkpoint-8"

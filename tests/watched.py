@@ -133,7 +133,7 @@ class Workplace:
         comet = CometRun(config=run.tracking, experiment_key="0" * 32, folder=self.folder / "comet")
         out = self.folder / "outputs"
         return job.from_artifacts(
-            stage, run.base_model, locate(run.base_model), self.dataset, out, comet, **{stage: getattr(run, stage)}, **own
+            stage, run.base_model, locate(run.base_model), self.dataset, out, comet, run.training, **{stage: getattr(run, stage)}, **own
         )  # type: ignore[arg-type]  # fmt: skip
 
     def run(self, stage: str, settings: dict[str, Any], adapter: Path | None = None) -> Watched:

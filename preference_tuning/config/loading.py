@@ -36,7 +36,6 @@ ZENML_MODEL_KEYS = (
     "audience", "description", "ethics", "license", "limitations", "name", "save_models_to_registry", "tags",
     "trade_offs", "use_cases", "version",
 )  # fmt: skip
-ZENML_RETRY_KEYS = ("backoff", "delay", "max_retries")
 ZENML_SCHEDULE_KEYS = (
     "catchup", "cron_expression", "end_time", "interval_second", "name", "run_once_start_time", "start_time",
 )  # fmt: skip
@@ -366,7 +365,7 @@ def _check_zenml_part(document: _Document) -> None:
             hint = f"; it belongs under parameters: {key}" if key in RunConfig.model_fields else ""
             document.problem((key,), "unknown key" + hint if hint else _unknown(key, ZENML_KEYS))
     _check_keys(document, ("model",), ZENML_MODEL_KEYS)
-    _check_keys(document, ("retry",), ZENML_RETRY_KEYS)
+    _check_no_retry(document, ())
     _check_keys(document, ("schedule",), ZENML_SCHEDULE_KEYS)
     _check_keys(document, ("steps",), STEPS)
     if isinstance(values.get("model"), dict) and not values["model"].get("name"):
@@ -375,8 +374,22 @@ def _check_zenml_part(document: _Document) -> None:
     steps: dict[str, Any] = given if isinstance(given, dict) else {}
     for step in steps:
         _check_keys(document, ("steps", step), ZENML_STEP_KEYS)
+        _check_no_retry(document, ("steps", step))
         if isinstance(steps[step], dict) and "parameters" in steps[step]:
             document.problem(("steps", step, "parameters"), "set the section under the top-level parameters instead")
+
+
+def _check_no_retry(document: _Document, path: KeyPath) -> None:
+    """Refuse ZenML's own retries: they do everything again, also what a signal, the config or divergence ended."""
+    value: Any = document.values
+    for key in path:
+        value = value[key]
+    if isinstance(value, dict) and "retry" in value:
+        document.problem(
+            (*path, "retry"),
+            "ZenML would also retry after a signal, a config error or divergence; "
+            "parameters.training.retries repeats what is transient",
+        )
 
 
 def _check_keys(document: _Document, path: KeyPath, known: tuple[str, ...]) -> None:

@@ -26,7 +26,7 @@ class Tokens(BaseModel):
     sft_length: int
 
 
-class DataJob(BaseModel):
+class DataJob(jobs.Job):
     """Which rows become a dataset, and what they are measured with."""
 
     config: DataConfig
@@ -76,6 +76,7 @@ def of_run(config: RunConfig, model: ModelSource | None) -> DataJob:
         config=config.data,
         fingerprints=fingerprints_of(config.data),
         tokens=tokens,
+        retries=config.training.retries,
         output_dir=Path(config.output_dir).expanduser().absolute(),
     )
 

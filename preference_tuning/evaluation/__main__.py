@@ -61,6 +61,7 @@ class _Evaluating:
             data_fingerprint=job.data_fingerprint,
             base_model_fingerprint=job.source.fingerprint,
             template_hash=chat.template_hash(self.base.tokenizer),
+            adapter_hashes=job.adapter_hashes,
             beta=job.beta,
             models=models,
             samples=_samples(asked, answers),
@@ -82,7 +83,7 @@ class _Evaluating:
         for name in (BASE, *self.job.adapters):
             with self.family.member(None if name == BASE else name) as model:
                 values = self._score(name, model, rows)
-                answers[name] = self._answer(name, model, asked) if asked else []
+                answers[name] = [text for part in self._parts_of(asked) for text in self._answer(name, model, part)]
             scores |= {f"{name}/{side}": values[:, i] for i, side in enumerate(SIDES)}
         return scores, answers
 
@@ -92,6 +93,7 @@ class _Evaluating:
 
         from preference_tuning.models import scoring, stored
 
+        at_once = scoring.rows_at_once(self.job.config.batch_size, self.job.parts)
         shared = scoring.refuses_shared_prompt(model, max(rows["length"])) is None
         key = stored.key_of(
             self.row_key,
@@ -99,7 +101,7 @@ class _Evaluating:
             self.job.source.fingerprint,
             self.base.dtype,
             shared,
-            self.job.config.batch_size,
+            at_once,
         )
         # DPO's reference on these pairs, for instance: the same rows, weights and batches.
         known = stored.read(stored.place(self.job.output_dir, key), key)
@@ -113,7 +115,7 @@ class _Evaluating:
                 dtype=self.base.dtype,
                 device=self.base.device,
                 pad_id=self.base.tokenizer.pad_token_id,
-                batch_size=self.job.config.batch_size,
+                batch_size=at_once,
                 shared=shared,
             )
             for numbers, logps in batches:
@@ -134,6 +136,11 @@ class _Evaluating:
         pairs = in_order(held_out)
         count = min(self.job.config.samples, len(pairs))
         return [pairs[i * len(pairs) // count] for i in range(count)]
+
+    def _parts_of(self, asked: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return what is asked at once: everything, or less of it where memory ran out."""
+        size = -(-len(asked) // self.job.parts) or 1
+        return [asked[start : start + size] for start in range(0, len(asked), size)]
 
     def _answer(self, name: str, model: Any, pairs: list[dict[str, Any]]) -> list[str]:
         """Return greedy answers to the prompts of a batch of pairs."""
@@ -172,7 +179,8 @@ class _Evaluating:
             for model, figures in evaluation.models.items()
             for name, figure in figures.items()
         }
-        spool = Spool(self.evidence / jobs_of_evaluation.METRICS)
+        # A spool keeps what lies before its start, and a killed evaluation left this very point.
+        spool = Spool(self.evidence / jobs_of_evaluation.METRICS, resume_at=-1)
         point = Point(step=0, metrics=points)
         spool.append(point)
         spool.close()

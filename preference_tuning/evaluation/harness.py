@@ -26,7 +26,7 @@ BASE = "base"
 WHERE = "evaluation.lm_eval"
 
 
-class HarnessJob(BaseModel):
+class HarnessJob(jobs.Job):
     """Which tasks run on which models; the base model is always among them."""
 
     config: HarnessConfig

@@ -22,7 +22,7 @@ EVIDENCE = "evidence"
 SCORES, SUMMARY, REPORT, METRICS = "scores.parquet", "evaluation.json", "report.html", "metrics.jsonl"
 
 
-class EvaluationJob(BaseModel):
+class EvaluationJob(jobs.Job):
     """Which tuned models are scored on which held-out pairs; the base model is always among the models."""
 
     base_model: BaseModelConfig
@@ -45,6 +45,15 @@ class EvaluationJob(BaseModel):
     def references(self) -> dict[str, str]:
         """The reference of each tuned model: the model before it."""
         return dict(zip(self.adapters, (BASE, *self.adapters), strict=False))
+
+    @property
+    def most_parts(self) -> int:
+        """How many pieces of a batch are one pair each."""
+        return self.config.batch_size
+
+    def what_fits(self, facts: dict[str, Any]) -> str:
+        """Return what to do when pairs one at a time are too much."""
+        return "pairs are scored one at a time already: lower dpo.max_length or evaluation.max_new_tokens"
 
     @property
     def room(self) -> Room:
@@ -78,6 +87,8 @@ class Evaluation(BaseModel):
     data_fingerprint: str
     base_model_fingerprint: str
     template_hash: str
+    adapter_hashes: dict[str, str]
+    """Of the tuned weights that were scored, by stage."""
     beta: float
     models: dict[str, dict[str, statistics.Figure]]
     samples: list[Sample]

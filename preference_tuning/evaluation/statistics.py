@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
-from scipy import stats
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,6 +44,8 @@ def proportion(outcomes: Array, prompts: Array) -> Figure:
     Its n is the effective number of prompts, (sum of m)^2 / (sum of m^2) for m pairs a prompt (Kish 1965): the interval
     is right if the pairs of a prompt always agree, and too wide otherwise. scipy's takes whole successes only.
     """
+    from scipy import stats  # most of a second that only figures need
+
     sizes = _sums(np.ones(len(outcomes)), prompts)
     n = float(sizes.sum() ** 2 / (sizes**2).sum())
     share = float(np.mean(outcomes))
@@ -101,6 +102,8 @@ def mcnemar(differences: Array, prompts: Array) -> float:
         differences: outcome of one model less that of the other, for each pair.
         prompts: of the pairs.
     """
+    from scipy import stats
+
     sums = _sums(differences, prompts)
     if not np.isfinite(sums).all():
         return math.nan
@@ -115,6 +118,8 @@ def needed(variance: float, difference: float) -> int:
         variance: of one pair's value.
         difference: of the mean from what it is compared with, in the same unit.
     """
+    from scipy import stats
+
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2) + stats.norm.ppf(POWER))
     return math.ceil(z * z * variance / difference**2)
 
@@ -134,6 +139,8 @@ def _sums(values: Array, prompts: Array) -> Array:
 
 def _interval(statistic: Callable[..., Array], sums: tuple[Array, ...], seed: int) -> tuple[Array, Array]:
     """Return both ends of the interval of a statistic of the prompts' sums, each [..., prompts]."""
+    from scipy import stats
+
     prompts = sums[0].shape[-1]
     if prompts < 2:
         value = statistic(*sums)

@@ -5,7 +5,8 @@ once (``models.tree``), and the head sees answer tokens only, a fraction of the 
 with one sequence a row is the plain layout that any decoder accepts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,11 @@ def answer_logps(logps: Tensor, rows: Rows) -> Tensor:
     return logps.new_zeros(rows.answers).index_add(0, rows.answer, logps)
 
 
+def rows_at_once(batch_size: int, parts: int) -> int:
+    """Return how many rows the largest of ``parts`` pieces of a batch has."""
+    return -(-batch_size // min(parts, batch_size))
+
+
 def pair_logps(
     model: nn.Module,
     pairs: Sequence[Any],
@@ -188,11 +194,16 @@ def pair_logps(
     pad_id: int,
     batch_size: int,
     shared: bool,
+    holding: Callable[[Sequence[Any]], AbstractContextManager[None]] = lambda pairs: nullcontext(),
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield ``(row numbers, log-probabilities [b, 2] of chosen and rejected)``, in batches of similar length."""
+    """Yield ``(row numbers, log-probabilities [b, 2] of chosen and rejected)``, in batches of similar length.
+
+    ``holding`` is entered with the pairs of a batch while it is run.
+    """
     for numbers in batches(pairs, batch_size):
-        rows = pair_rows([pairs[i] for i in numbers], shared, pad_id).to(device)
-        with torch.no_grad():
+        batch = [pairs[i] for i in numbers]
+        rows = pair_rows(batch, shared, pad_id).to(device)
+        with torch.no_grad(), holding(batch):
             summed = answer_logps(token_scores(model, rows, dtype).logps, rows)
         yield numbers, summed.view(2, -1).T.cpu()
 

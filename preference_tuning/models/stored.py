@@ -1,5 +1,6 @@
 """Log-probabilities of pairs, kept by what they depend on: computed by one job, read by itself again and by others."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -43,8 +44,8 @@ def read(path: Path, key: str) -> Tensor | None:
 
 
 def write(path: Path, key: str, logps: Tensor) -> None:
-    """Write log-probabilities aside and put them in place in one step."""
+    """Write log-probabilities aside and put them in place in one step; two jobs may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
     save_file({"logps": logps}, aside, metadata={"key": key})
     aside.replace(path)

@@ -4,6 +4,7 @@ Importing this module needs no torch: the registry and the checkpoints ask it ab
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,17 @@ def restore(model: Any, folder: Path) -> None:
     model.load_state_dict(stored.state_dict())
 
 
-def problem(folder: Path) -> str | None:
-    """Return what is wrong with saved weights (missing, non-finite, absurdly large), or None."""
+def largest(model: Any) -> float:
+    """Return the largest magnitude among the trained weights of a model; NaN if one of them is NaN."""
     import torch
-    from safetensors import safe_open
+
+    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    return float(torch.nn.utils.get_total_norm(trained, norm_type=math.inf))
+
+
+def problem(folder: Path) -> str | None:
+    """Return what is wrong with saved weights (missing, cut off, non-finite, absurdly large), or None."""
+    from safetensors import SafetensorError
 
     names = files(folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -92,11 +100,24 @@ def problem(folder: Path) -> str | None:
     for name in names:
         if name == INDEX:
             continue
-        with safe_open(folder / name, "pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 (not a dict)
-                weight = stored.get_tensor(key)
-                if not torch.isfinite(weight).all():
-                    return f"{key} has values that are not finite"
-                if weight.abs().max() > LARGEST:
-                    return f"{key} reaches {weight.abs().max():.3g}, far beyond any healthy weight"
+        try:
+            told = _sick(folder / name)
+        except SafetensorError as error:
+            return f"{name} cannot be read: {error}"
+        if told:
+            return told
+    return None
+
+
+def _sick(path: Path) -> str | None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as stored:
+        for key in stored.keys():  # noqa: SIM118 (not a dict)
+            weight = stored.get_tensor(key)
+            if not torch.isfinite(weight).all():
+                return f"{key} has values that are not finite"
+            if weight.abs().max() > LARGEST:
+                return f"{key} reaches {weight.abs().max():.3g}, far beyond any healthy weight"
     return None

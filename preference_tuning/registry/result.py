@@ -19,10 +19,11 @@ from preference_tuning.evaluation.metrics import ANSWERS, BASE, CHAMPION
 from preference_tuning.evaluation.statistics import Array
 from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource
-from preference_tuning.registry import card
+from preference_tuning.registry import card, evidence
 from preference_tuning.registry.folder import FolderRegistry, Version
 from preference_tuning.tracking.comet import Comet, CometRun
-from preference_tuning.training.job import METRICS, RECORD, TrainingRecord
+from preference_tuning.training import unfinished
+from preference_tuning.training.job import METRICS, TrainingRecord
 
 
 class Result(BaseModel):
@@ -37,7 +38,7 @@ class Result(BaseModel):
     adapter: Path
     """The folder of the last stage's weights: an adapter or a full model."""
     training: dict[str, Path]
-    """The evidence folder of each stage."""
+    """The evidence folder of each stage, in their order."""
     evaluation: Path
     config: RunConfig
     comet: CometRun
@@ -46,10 +47,7 @@ class Result(BaseModel):
 
     def records(self) -> dict[str, TrainingRecord]:
         """Return the training record of each stage."""
-        return {
-            stage: TrainingRecord.model_validate_json((folder / RECORD).read_text(encoding="utf-8"))
-            for stage, folder in self.training.items()
-        }
+        return evidence.records(self.training)
 
 
 class Registered(BaseModel):
@@ -74,7 +72,7 @@ class Registered(BaseModel):
 
 
 def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) -> Registered:
-    """Store a result as a version, and make it champion if its evidence allows.
+    """Store a result as a version, make it champion if its evidence allows, and remove what only training needed.
 
     The evaluation's verdict is final only where there is no champion; a champion has to be beaten, on the same held-out
     pairs.
@@ -83,8 +81,8 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
         PreferenceTuningError: the result is not finished or healthy, or cannot be stored.
     """
     registry = FolderRegistry(config)
+    _check_evidence(result)
     evaluation = evaluation_job.load_summary(result.evaluation)
-    _check_evidence(result, evaluation)
     reigning = registry.champion()
     rule = _against_champion(result, registry, reigning.version, rules) if reigning else gate.first_model()
     verdict = gate.verdict(evaluation.verdict.candidate, [*evaluation.verdict.rules, rule])
@@ -99,6 +97,7 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
     )
     if verdict.decision == "promote":
         registry.promote(version.id)
+    unfinished.clear(result.output_dir)
     now = registry.champion()
     champion = now.version if now else None
     return Registered(
@@ -124,17 +123,14 @@ def track(result: Result, registered: Registered) -> None:
     tracker.end()
 
 
-def _check_evidence(result: Result, evaluation: Evaluation) -> None:
-    """Refuse evidence that belongs to other data, another base model or other weights."""
-    last = result.records()[result.finetuning_type]
-    expected = {
-        "the evaluation's data": (evaluation.data_fingerprint, result.dataset.manifest.split_fingerprint),
-        "the evaluation's base model": (evaluation.base_model_fingerprint, result.source.fingerprint),
-        "the training's result": (last.adapter_hash, fingerprint.of_directory(result.adapter)),
-    }
-    wrong = [what for what, (found, wanted) in expected.items() if found != wanted]
-    if wrong:
-        raise PreferenceTuningError(f"nothing is registered: {', '.join(wrong)} is not that of this run")
+def _check_evidence(result: Result) -> None:
+    """Refuse a result that is not finished, not healthy, or not the one that was measured."""
+    stages = ("sft", "dpo") if result.finetuning_type == "dpo" else ("sft",)
+    found = evidence.problems(
+        stages, result.adapter, result.training, result.evaluation, result.source, result.dataset.manifest
+    )
+    if found:
+        raise PreferenceTuningError(f"nothing is registered: {'; '.join(found)}. Run it again with --no-cache")
 
 
 def _against_champion(result: Result, registry: FolderRegistry, champion: str, rules: EvaluationConfig) -> Rule:
@@ -148,14 +144,14 @@ def _against_champion(result: Result, registry: FolderRegistry, champion: str, r
     scores = _with_champion(result, registry, reigning, rules)
     # The split never moves a prompt: what is held out today was held out when the champion was trained.
     unseen = np.ones(len(scores["prompt"]), bool)
-    evidence = gate.Evidence(
+    known = gate.Evidence(
         candidate=result.finetuning_type,
         parent="sft" if result.finetuning_type == "dpo" else BASE,
         scores=scores,
         figures={},
         champion=gate.Champion(champion, reigning.finetuning_type, unseen),
     )
-    return gate.against_champion(evidence, rules)
+    return gate.against_champion(known, rules)
 
 
 def _with_champion(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from preference_tuning import jobs
-from preference_tuning.errors import PreferenceTuningError
+from preference_tuning import failures, jobs
+from preference_tuning.errors import OutOfMemoryError, TransientError
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.training.job import TrainingJob, TrainingRecord
 
@@ -14,7 +14,7 @@ from preference_tuning.training.job import TrainingJob, TrainingRecord
 def main(folder: Path, job: TrainingJob) -> TrainingRecord | None:
     """Train the stage in ``folder`` and return its record, in the first of its processes."""
     from preference_tuning.models import backend, compute
-    from preference_tuning.training import processes
+    from preference_tuning.training import memory, processes
 
     # Comet must start before anything seeds the global random state (see tracking.comet).
     comet = Comet.start(job.comet, job.stage) if os.environ.get("RANK", "0") == "0" else Comet(None)
@@ -24,10 +24,12 @@ def main(folder: Path, job: TrainingJob) -> TrainingRecord | None:
         from preference_tuning.training.stage import Stage
 
         return Stage(folder, job, comet).run()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if failures.kind_of(error) == "out_of_memory":
+            raise OutOfMemoryError(f"{job.stage.upper()} ran out of memory", memory.facts()) from error
         if processes.lost_another(error):
             message = "another process of the job ended without a word (out of memory?); the same command continues it"
-            raise PreferenceTuningError(message) from error
+            raise TransientError(message) from error
         raise
     finally:
         comet.end()

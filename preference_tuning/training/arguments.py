@@ -93,7 +93,6 @@ def _common(config: StageConfig, base: Base, checkpoints: Path, fsdp: str) -> di
         # Callbacks decide when to evaluate and save (training.callbacks.Shares); every step is logged and watched.
         "eval_strategy": "no",
         "save_strategy": "no",
-        "save_total_limit": 2,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",

@@ -8,19 +8,24 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
+from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.events import Event
 from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
+from preference_tuning.training import checkpoints, unfinished
 
 MODULE = "preference_tuning.training"
 ADAPTER, EVIDENCE = "adapter", "evidence"
 RECORD, METRICS, REPORT = "record.json", "metrics.jsonl", "report.html"
 
+COUPLED = {"aot", "aot_unpaired", "sft"}
+"""DPO losses that are no mean over pairs: they sort a batch, or take the mean over its tokens."""
 
-class TrainingJob(BaseModel):
+
+class TrainingJob(jobs.Job):
     """Everything that a stage's result depends on, and where it goes."""
 
     stage: Literal["sft", "dpo"]
@@ -45,6 +50,14 @@ class TrainingJob(BaseModel):
     fsdp: Literal["off", "full_shard"] = "off"
     output_dir: Path
     comet: CometRun
+    # These change when training is safe, never what it makes.
+    save_every_minutes: float | None = None
+    strict_resume: bool = False
+    # Whose training this is, and what becomes of what was begun for it before; neither changes what it makes.
+    name: str = ""
+    unfinished: Literal["refuse", "continue", "start_over"] = "refuse"
+    forced: dict[str, Any] | None = None
+    """As in the record: set where the job goes on with the checkpoints of other settings."""
 
     @property
     def settings(self) -> SFTConfig | DPOConfig:
@@ -52,6 +65,33 @@ class TrainingJob(BaseModel):
         settings = self.sft if self.stage == "sft" else self.dpo
         assert settings is not None
         return settings
+
+    @property
+    def most_parts(self) -> int:
+        """How many pieces of a batch are one row each; 1 where the loss needs the whole batch."""
+        settings = self.settings
+        whole = bool(self.dpo and COUPLED & set(self.dpo.loss_type))
+        return 1 if whole else max(settings.per_device_train_batch_size, settings.per_device_eval_batch_size)
+
+    def what_fits(self, facts: dict[str, Any]) -> str:
+        """Return what to do when memory ran out, from the facts of ``training.memory``."""
+        return "; ".join([*_measured(facts), *self._advice(facts)])
+
+    def _advice(self, facts: dict[str, Any]) -> list[str]:
+        spared = "base_model.load_in_4bit: true (CUDA)"
+        if facts.get("rows") == 0:
+            return [f"no batch had been read, so it is the model that does not fit: use a smaller one, or {spared}"]
+        settings = self.settings
+        if self.most_parts == 1 and settings.per_device_train_batch_size > 1:
+            losses = ", ".join(sorted(COUPLED & set(self.dpo.loss_type))) if self.dpo else ""
+            return [
+                f"dpo.loss_type: {losses} needs its batch whole, so it is not cut: lower "
+                "dpo.per_device_train_batch_size and dpo.per_device_eval_batch_size"
+            ]
+        limit = "dpo.max_length" if self.dpo else "base_model.max_seq_length"
+        length = f"{limit}: {facts['passed']}" if facts.get("passed") else f"a smaller {limit}"
+        checkpointing = [] if settings.gradient_checkpointing else [f"{self.stage}.gradient_checkpointing: true"]
+        return [f"a piece is one row already; what would fit: {', or '.join([length, *checkpointing, spared])}"]
 
     @property
     def room(self) -> Room:
@@ -70,6 +110,18 @@ class TrainingJob(BaseModel):
             "adapter_hash": self.adapter_hash,
             "code": fingerprint.of_sources(MODULE),
         }
+
+
+def _measured(facts: dict[str, Any]) -> list[str]:
+    """Return what the child measured, in words."""
+    told = []
+    if facts.get("passed"):
+        told.append(f"a row of {facts['passed']} tokens went through")
+    if facts.get("longest"):
+        told.append(f"one of up to {facts['longest']} tokens did not")
+    if facts.get("bytes"):
+        told.append(f"{facts['device']} has {facts['bytes'] / 2**30:.2f} GiB")
+    return told
 
 
 class ReferenceProof(BaseModel):
@@ -96,6 +148,8 @@ class TrainingRecord(BaseModel):
     identity: dict[str, Any]
     adapter_hash: str
     steps: int
+    """Optimizer steps that were done; a finished stage did ``max_steps``."""
+    max_steps: int
     epochs: float
     seconds: float
     rows: int
@@ -107,18 +161,25 @@ class TrainingRecord(BaseModel):
     tokens: int
     """Tokens that went through the model in training, padding left out."""
     train_loss: float
-    """Mean over the last tenth of the steps."""
+    """Mean over all optimizer steps, those before an interruption included."""
     metrics: dict[str, float]
     """The last evaluation on the held-out rows."""
     trainable_parameters: int
     compute: Compute
     processes: int
+    parts: int = 1
+    """Pieces that each batch went through in, because memory ran out; 1: whole."""
+    micro_batch: int | None = None
+    """Rows of a process in one forward pass; None in records from before it was told."""
     engine: str
     engine_reason: str
     backend: str
     template_hash: str
     resumed_at: list[int]
-    """The steps at which the legs of an interrupted job began."""
+    """The steps at which an interrupted job went on, one for each time."""
+    forced: dict[str, Any] | None = None
+    """Of a job that went on with checkpoints of other settings: ``from`` which job, at which ``step``, and what had
+    ``changed``."""
     events: list[Event] = []
     """Interruptions, retries and whatever else did not go straight."""
     reference: ReferenceProof | None = None
@@ -155,14 +216,21 @@ def train(job: TrainingJob, again: bool = False) -> Trained:
     A finished job is not done twice unless ``again``, or unless its weights are no longer what it wrote.
 
     Raises:
+        ConfigError: unfinished training of other settings is in the way.
         DivergedError: a loss, gradient, weight or the reference check is outside what is healthy.
         InterruptedJobError: a signal stopped it after a checkpoint.
         PreferenceTuningError: it failed otherwise.
     """
-    folder = (job.output_dir / "jobs" / f"{job.stage}-{fingerprint.of_value(job.identity())[:16]}").absolute()
-    trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, again, job.processes))
-    if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
-        trained = _trained(folder, jobs.run(MODULE, folder, job, TrainingRecord, True, job.processes))
+    folder, work = unfinished.settle(job, again)
+    try:
+        trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, again, job.processes))
+        if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
+            folder, work = unfinished.settle(job, again=True)
+            trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, True, job.processes))
+    except PreferenceTuningError as error:
+        newest, _ = checkpoints.newest_good(folder / checkpoints.FOLDER)
+        error.facts = {**error.facts, "job": str(folder), "checkpoint": newest.name if newest else "none"}
+        raise
     return trained
 
 
@@ -200,7 +268,11 @@ def from_artifacts(
         adapter_hash=fingerprint.of_directory(adapter) if adapter else None,
         processes=processes_of(training, base_model),
         fsdp=training.fsdp,
+        retries=training.retries,
+        unfinished=training.unfinished,
         output_dir=output_dir.absolute(),
         comet=comet,
+        save_every_minutes=training.save_every_minutes,
+        strict_resume=training.strict_resume,
         **settings,
     )

@@ -63,9 +63,9 @@ def total(values: Tensor) -> Tensor:
     return there.to(values.device)
 
 
-def any_of(flag: bool) -> bool:
-    """Return whether ``flag`` is set in any process; every one of them must call it."""
-    return bool(total(torch.tensor(float(flag))) > 0)
+def any_of(*flags: bool) -> list[bool]:
+    """Return for each flag whether it is set in any process; every one of them must call it."""
+    return [number > 0 for number in total(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
 
 def wait() -> None:

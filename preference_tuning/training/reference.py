@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from preference_tuning.errors import DivergedError
 from preference_tuning.models import scoring, stored
 from preference_tuning.progress import bar
-from preference_tuning.training import processes
+from preference_tuning.training import memory, processes, sharing
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Nats by which a summed log-probability may differ between two batches that hold the same pair.
@@ -48,7 +49,8 @@ def add_reference(
         values[wanted] = 0
         share = wanted[processes.rank() :: processes.count()]
         with bar(title, len(share)) as progress:
-            for numbers, logps in scoring.pair_logps(model, rows.select(share), batch_size=batch_size, **how):
+            scored = scoring.pair_logps(model, rows.select(share), batch_size=batch_size, holding=_held, **how)
+            for numbers, logps in scored:
                 values[[share[i] for i in numbers]] = logps
                 progress.update(len(numbers))
         values = processes.total(values)
@@ -56,6 +58,10 @@ def add_reference(
             stored.write(path, key, values)
     rows = rows.add_column("ref_chosen_logps", values[:, 0].tolist())
     return rows.add_column("ref_rejected_logps", values[:, 1].tolist())
+
+
+def _held(pairs: Sequence[Any]) -> AbstractContextManager[None]:
+    return memory.holding(len(pairs), max(map(sharing.longest, pairs)), "reference")
 
 
 def measure(trainer: Any, **how: Any) -> tuple[float, float, int]:
@@ -69,10 +75,9 @@ def measure(trainer: Any, **how: Any) -> tuple[float, float, int]:
     losses, largest = [], 0.0
     for start in range(0, len(first), size):
         examples = [rows[i] for i in first[start : start + size]]
-        inputs = trainer._prepare_inputs(trainer.data_collator(examples))
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            losses.append(trainer.compute_loss(trainer.model, inputs).item())
-        for numbers, logps in scoring.pair_logps(trainer.model, examples, batch_size=size, **how):
+        losses.append(trainer.loss_of(trainer.model, trainer.collator(size)(examples)).item())
+        at_once = scoring.rows_at_once(size, trainer.parts)
+        for numbers, logps in scoring.pair_logps(trainer.model, examples, batch_size=at_once, **how):
             kept = [[examples[i]["ref_chosen_logps"], examples[i]["ref_rejected_logps"]] for i in numbers]
             largest = max(largest, (logps - torch.tensor(kept)).abs().max().item())
     trainer._metrics["eval"].clear()

@@ -1,6 +1,7 @@
 """The report of a training stage: what was done, its curves, and the proof of the reference."""
 
 import math
+from typing import Any
 
 from preference_tuning import reports
 from preference_tuning.models.compute import Compute
@@ -13,6 +14,8 @@ def render(record: TrainingRecord, points: list[Point]) -> str:
     parts = [_facts(record), reports.section("Curves", reports.charts(*_curves(record.stage, points)))]
     if record.reference:
         parts.append(_reference(record))
+    if record.forced:
+        parts.append(_forced(record.forced))
     parts.append(_settings(record))
     lead = f"{record.steps} steps · {record.compute.device} {record.compute.dtype} · job {record.job}"
     return reports.page(f"{record.stage.upper()} training", lead, *parts)
@@ -82,6 +85,12 @@ def _reference(record: TrainingRecord) -> reports.Html:
     )
 
 
+def _forced(forced: dict[str, Any]) -> reports.Html:
+    rows = [["continued", forced["from"]], ["at step", forced["step"]]]
+    rows += [["changed there", line] for line in forced["changed"]]
+    return reports.section("Went on with other settings", reports.table(["forced resume", "value"], rows))
+
+
 def _settings(record: TrainingRecord) -> reports.Html:
     settings = record.identity.get(record.stage) or {}
     return reports.section(
@@ -91,6 +100,8 @@ def _settings(record: TrainingRecord) -> reports.Html:
             [
                 *((name, value) for name, value in settings.items()),
                 ("engine", f"{record.engine} ({record.engine_reason})"),
+                ("rows in one forward pass", record.micro_batch),
+                ("pieces of a batch, because memory ran out", record.parts),
                 *_compute(record.compute),
                 ("rows left out: no room for an answer", record.dropped_rows),
                 ("rows with an answer cut", record.cut_rows),

@@ -18,6 +18,18 @@ from preference_tuning.training import processes
 ROWS = "rows_here"
 """The key of a batch that tells how many rows of it are real."""
 
+LONGEST = "longest"
+"""The key of a batch that tells how many tokens its longest row has, prompt and one answer."""
+
+PIECES = "pieces"
+"""The key of a batch under which its pieces lie, each a batch."""
+
+WEIGHT = "weight"
+"""The key of a piece that tells its share in the mean of its batch; a batch that is not cut has no such key."""
+
+NOTES = (ROWS, LONGEST, WEIGHT)
+"""What is no input of the model."""
+
 
 class ShareOfBatches(Sampler[list[int]]):
     """The global batches of a sampler, of which this process takes every n-th row; some may be empty.
@@ -55,7 +67,35 @@ class Counted:
         if not examples:
             batch.update({name: batch[name][:0] for name in ("labels", "shift_labels") if name in batch})
         batch[ROWS] = len(examples)
+        batch[LONGEST] = max(map(longest, examples), default=0)
         return batch
+
+
+def longest(row: dict[str, Any]) -> int:
+    """Return the tokens of a row's prompt and its longer answer."""
+    answers = (len(row[name]) for name in ("chosen_ids", "rejected_ids") if name in row)
+    return len(row["prompt_ids"]) + max(answers)
+
+
+class Cut:
+    """A collator that lays out a batch in pieces, each of every n-th row, so that memory has to hold one at a time.
+
+    There are as many pieces in every process and of every batch, also where one has no row, so that all processes run
+    the same passes.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], pieces: int) -> None:
+        """Wrap ``collate``, which must take no rows too."""
+        self._collate, self._pieces = collate, pieces
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Lay out the rows."""
+        if self._pieces == 1:
+            return self._collate(examples)
+        pieces = [self._collate(examples[i :: self._pieces]) for i in range(self._pieces)]
+        # Where the loop counts trained tokens, over the whole batch.
+        counted = [name for name in ("labels", "shift_labels") if name in pieces[0]]
+        return {PIECES: pieces, **{str(name): torch.cat([piece[name] for piece in pieces]) for name in counted}}
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from preference_tuning import events, fingerprint, jobs
-from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError
+from preference_tuning import events, fingerprint, jobs, stopping
+from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, stored, weights
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read
-from preference_tuning.training import arguments, callbacks, checkpoints, processes, reference, report, trainers
+from preference_tuning.training import arguments, callbacks, checkpoints, disk, processes, reference, report, trainers
 from preference_tuning.training import job as jobs_of_training
 from preference_tuning.training.job import ReferenceProof, TrainingJob, TrainingRecord
 
@@ -41,30 +42,36 @@ class Stage:
         self.engine, self.engine_reason = "", ""
         self.reference: ReferenceProof | None = None
         self.row_keys: dict[str, str] = {}
+        self.identity = job.identity()
+        self.checkpoints = folder / checkpoints.FOLDER
+        self.checkpoint_size = 0
 
     def run(self) -> TrainingRecord | None:
         """Train, save and return the record; other processes than the first return None."""
+        try:
+            return self._run()
+        except Exception as error:
+            if not disk.is_full(error, self.checkpoints, self.checkpoint_size):
+                raise
+            checkpoints.clean(self.checkpoints)
+            intact, _ = checkpoints.newest_good(self.checkpoints)
+            raise disk.full(self.checkpoints, self.checkpoint_size, intact) from error
+        finally:
+            disk.release(self.checkpoints)
+
+    def _run(self) -> TrainingRecord | None:
         job = self.job
+        checkpoint = self._checkpoint()
         model = self._model()
         answers = 2 if job.stage == "dpo" else 1
         train, held_out = self._rows(job.split, answers), self._rows("held_out", answers)
+        self._check_disk(model, job.settings.total_steps(len(train.rows), job.processes))
         self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
+        if job.forced:
+            self.comet.log_others({f"{job.stage}/forced/{name}": str(value) for name, value in job.forced.items()})
         trainer = self._trainer(model, train.rows, held_out.rows)
-        checkpoint, rejected = checkpoints.newest_good(self.folder / "checkpoints")
-        for line in rejected:
-            self._say(f"warning: {line}; not resumed from")
-        resumed_at = checkpoints.step_of(checkpoint) if checkpoint else 0
-        if checkpoint:
-            self._say(f"{job.stage.upper()}: continues at step {resumed_at}")
-        elif rejected:
-            self._say("warning: no checkpoint is intact; the stage starts over")
-
         processes.draw_apart(job.settings.seed)
-        spool = Spool(self.evidence / jobs_of_training.METRICS, resume_at=resumed_at) if self.first else None
-        if checkpoint and self.first:
-            self.comet.replay(self.evidence / jobs_of_training.METRICS)
-        clock = callbacks.watch(trainer, job.stage, job.settings, spool, self.comet, checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = self._train(trainer, checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
             raise InterruptedJobError(
                 f"{job.stage.upper()} was stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, "
@@ -76,10 +83,68 @@ class Stage:
         if not self.first:
             return None
         adapter = self._save(trainer, gathered)
-        record = self._record(trainer, train, held_out, adapter, clock.seconds, [resumed_at] if resumed_at else [])
+        record = self._record(trainer, train, held_out, adapter, seconds)
         self._write_evidence(record)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        stopping.finish()
         return record
+
+    def _checkpoint(self) -> Path | None:
+        """Return the checkpoint that training continues from, or None if it begins."""
+        if self.first:
+            checkpoints.clean(self.checkpoints)
+        checkpoint, rejected = checkpoints.newest_good(self.checkpoints)
+        stage = self.job.stage.upper()
+        if rejected and checkpoint is None and self.job.strict_resume:
+            raise PreferenceTuningError(
+                f"{stage}: no checkpoint in {self.checkpoints} is intact ({'; '.join(rejected)}), and "
+                "training.strict_resume keeps the stage from starting over. Restore one of them, or remove the folder"
+            )
+        for line in rejected:
+            name, _, reason = line.partition(": ")
+            warning = f"warning: {line}; not resumed from"
+            self._happened("checkpoint_rejected", warning, checkpoint=name, reason=reason)
+        if checkpoint is not None:
+            step = checkpoints.step_of(checkpoint)
+            checkpoints.check(checkpoint, self.identity, forced=self.job.forced is not None)
+            self._happened("resumed", f"{stage}: continues at step {step}", step=step)
+        elif rejected:
+            self._happened("started_over", "warning: no checkpoint is intact; the stage starts over")
+        return checkpoint
+
+    def _check_disk(self, model: Any, steps: int) -> None:
+        parameters, tokenizer = list(model.parameters()), self.base.tokenizer
+        optimizer = arguments.optimizer(self.job.settings.optim, self.base.device.type == "cpu")
+        sharded = self.job.fsdp != "off"
+        self.checkpoint_size = disk.checkpoint_size(parameters, tokenizer, optimizer, steps, sharded)
+        disk.check(self.checkpoints, self.checkpoint_size, disk.weights_size(parameters, tokenizer))
+        if self.first:
+            disk.reserve(self.checkpoints)
+
+    def _train(self, trainer: Any, checkpoint: Path | None) -> float:
+        """Run the trainer from ``checkpoint`` on and return the seconds of training, those of earlier legs included."""
+        totals = checkpoints.totals_of(checkpoint)
+        path = self.evidence / jobs_of_training.METRICS
+        spool = Spool(path, resume_at=checkpoints.step_of(checkpoint) if checkpoint else 0) if self.first else None
+        if checkpoint and self.first:
+            self.comet.replay(path)
+        clock = callbacks.Clock(totals.seconds)
+        trainer._total_train_tokens = totals.tokens  # TRL would count anew
+
+        def publish(step: int) -> None:
+            if spool is not None:
+                spool.sync()  # a checkpoint must not be newer than the metrics before it
+            done = checkpoints.Totals(seconds=clock.seconds, tokens=trainer._total_train_tokens)
+            checkpoints.publish(self.checkpoints, step, done, self.identity)
+
+        trainer.publish = publish
+        callbacks.watch(trainer, self.job.stage, self.job.settings, spool, self.comet, self.job.save_every_minutes)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return clock.seconds
+
+    def _happened(self, kind: events.Kind, text: str, **facts: Any) -> None:
+        self._say(text)
+        if self.first:
+            events.add(self.folder, kind, text, **facts)
 
     def _say(self, text: str) -> None:
         if self.first:
@@ -118,21 +183,21 @@ class Stage:
             "processing_class": self.base.tokenizer,
             "dtype": self.base.dtype,
             "pad_id": self.base.tokenizer.pad_token_id,
+            "parts": self.job.parts,
         }
-        checkpoints = self.folder / "checkpoints"
         if self.job.sft:
             self.job.sft.check_warmup("sft", len(train), self.job.processes)
-            settings = arguments.sft(self.job.sft, self.base, checkpoints, self.job.fsdp)
+            settings = arguments.sft(self.job.sft, self.base, self.checkpoints, self.job.fsdp)
             shared = self._choose_engine(model, train, "auto", otherwise="plain")
             return trainers.AnswerSFTTrainer(
                 args=settings, train_dataset=train, eval_dataset=held_out, shared_prompt=shared, **how
             )
         assert self.job.dpo is not None
         self.job.dpo.check_warmup("dpo", len(train), self.job.processes)
-        if self.job.processes > 1 and (coupled := trainers.COUPLED & set(self.job.dpo.loss_type)):
+        if self.job.processes > 1 and (coupled := jobs_of_training.COUPLED & set(self.job.dpo.loss_type)):
             self._say(f"DPO: {', '.join(sorted(coupled))} is computed in each process, over its share of a batch")
         shared = self._choose_engine(model, train, self.job.dpo.engine, otherwise="trl")
-        settings = arguments.dpo(self.job.dpo, self.base, checkpoints, self.job.fsdp)
+        settings = arguments.dpo(self.job.dpo, self.base, self.checkpoints, self.job.fsdp)
         train, held_out = self._with_reference(model, train, held_out, shared)
         trainer = trainers.PreferenceTrainer(
             args=settings, train_dataset=train, eval_dataset=held_out, shared_prompt=shared, **how
@@ -166,8 +231,8 @@ class Stage:
     def _with_reference(self, model: Any, train: Any, held_out: Any, shared: bool) -> tuple[Any, Any]:
         assert self.job.dpo is not None
         visited = trainers.first_rows(train, self.job.dpo, self.job.dpo.total_steps(len(train), self.job.processes))
-        key = fingerprint.of_value([self.job.identity(), self._template(), str(self.base.dtype), shared])
-        size = self.job.settings.per_device_eval_batch_size
+        key = fingerprint.of_value([self.identity, self._template(), str(self.base.dtype), shared])
+        size = scoring.rows_at_once(self.job.settings.per_device_eval_batch_size, self.job.parts)
         common = {"model": model, "batch_size": size, **self._how(shared)}
         path = self.folder / "reference-train.safetensors"
         train = reference.add_reference(train, path, key, title="reference", only=visited, **common)
@@ -213,21 +278,21 @@ class Stage:
     def _template(self) -> str:
         return chat.template_hash(self.base.tokenizer)
 
-    def _record(
-        self, trainer: Any, train: Any, held_out: Any, adapter: Path, seconds: float, resumed_at: list[int]
-    ) -> TrainingRecord:
+    def _record(self, trainer: Any, train: Any, held_out: Any, adapter: Path, seconds: float) -> TrainingRecord:
         job, state = self.job, trainer.state
         points = list(read(self.evidence / jobs_of_training.METRICS))
-        losses = [p.metrics[f"{job.stage}/train/loss"] for p in points if f"{job.stage}/train/loss" in p.metrics]
-        last = losses[-max(1, len(losses) // 10) :]
+        # Of every step, whatever logging_steps is; it travels in the checkpoint.
+        losses = [logged["loss"] for logged in state.log_history if "loss" in logged]
+        happened = events.read(self.folder)
         prefix = f"{job.stage}/eval/"
         evaluations = [p.metrics for p in points if f"{prefix}loss" in p.metrics]
         return TrainingRecord(
             stage=job.stage,
             job=self.folder.name,
-            identity=job.identity(),
+            identity=self.identity,
             adapter_hash=fingerprint.of_directory(adapter),
             steps=state.global_step,
+            max_steps=state.max_steps,
             epochs=round(state.epoch or 0.0, 4),
             seconds=round(seconds, 3),
             rows=len(train.rows),
@@ -235,17 +300,20 @@ class Stage:
             dropped_rows=train.dropped + held_out.dropped,
             cut_rows=train.cut + held_out.cut,
             tokens=int(trainer._total_train_tokens),
-            train_loss=sum(last) / len(last),
+            train_loss=math.fsum(losses) / len(losses),
             metrics={k.removeprefix(prefix): v for k, v in evaluations[-1].items()} if evaluations else {},
             trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             compute=self.base.compute,
             processes=job.processes,
+            parts=job.parts,
+            micro_batch=scoring.rows_at_once(job.settings.per_device_train_batch_size, job.parts),
             engine=self.engine,
             engine_reason=self.engine_reason,
             backend=job.base_model.backend,
             template_hash=self._template(),
-            resumed_at=resumed_at,
-            events=events.read(self.folder),
+            resumed_at=[event.facts["step"] for event in happened if event.kind == "resumed"],
+            forced=job.forced,
+            events=happened,
             reference=self.reference,
             versions={name: importlib.metadata.version(name) for name in VERSIONS},
         )

@@ -7,9 +7,11 @@ kernel), and that branch calls the method overridden here, so that every loss ty
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -22,12 +24,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from preference_tuning.config import StageConfig
 from preference_tuning.models import scoring, weights
 from preference_tuning.models.chat import PairTokens
-from preference_tuning.training import processes, sharing
+from preference_tuning.training import callbacks, checkpoints, memory, processes, sharing
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-
-COUPLED = {"aot", "aot_unpaired", "sft"}
-"""DPO losses that are no mean over pairs: they sort a batch, or take the mean over its tokens."""
 
 SORTED_BATCHES = 8
 """Batches sorted together by length: enough to keep padding low, few enough to keep the order random."""
@@ -75,16 +74,43 @@ def first_rows(rows: datasets.Dataset, config: StageConfig, steps: int) -> list[
     return list(itertools.islice(sampler, wanted)) if wanted < len(rows) else list(range(len(rows)))
 
 
-class _ByLength:
-    """For a trainer whose rows have a ``length`` column."""
+class Counts(NamedTuple):
+    """What a piece of a batch has, over all processes; metrics are means over one or the other."""
 
+    rows: float
+    chosen: float
+    """Tokens of the chosen answers."""
+    rejected: float
+
+    def of(self, metric: str) -> float:
+        """Return the weight of a piece in the mean that ``metric`` is."""
+        tokens = {
+            "entropy": self.chosen + self.rejected,
+            "mean_token_accuracy": self.chosen,
+            "logits/chosen": self.chosen,
+            "logits/rejected": self.rejected,
+        }
+        return tokens.get(metric, self.rows)
+
+
+class _ByLength:
+    """For a trainer whose rows have a ``length`` column, and whose batches can be run in pieces."""
+
+    parts = 1
+    """Into how many pieces a batch is cut; a smaller one has a piece for each row."""
     args: Any
     train_dataset: Any
     _metrics: Any
     model: Any
     accelerator: Any
     data_collator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+    control: Any
     _total_train_tokens: int
+    publish: Callable[[int], None]
+    """Puts the checkpoint of a step in place when all processes have written theirs of it; the first one calls it."""
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LengthBatches:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -98,10 +124,104 @@ class _ByLength:
         sampler = (sampler_fn and sampler_fn(rows)) or SequentialSampler(rows)
         batches = sharing.ShareOfBatches(sampler, batch_size * processes.count())
         loader: DataLoader[Any] = DataLoader(
-            rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.collator(batch_size),
+            pin_memory=self.args.dataloader_pin_memory,
         )
         here = self.accelerator.device
         return prepare_data_loader(loader, here, num_processes=1, process_index=0, put_on_device=True)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: a checkpoint is for this job only."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where a checkpoint is written; it is put in place when it is complete."""
+        return str(checkpoints.aside(Path(self.args.output_dir)))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        processes.wait()  # for the files of the others: each writes its random state
+        if self.state.is_world_process_zero:
+            self.publish(self.state.global_step)
+
+    def collator(self, batch_size: int) -> sharing.Cut:
+        """Return what lays out a batch of ``batch_size`` rows in this process."""
+        return sharing.Cut(self.data_collator, min(self.parts, batch_size))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        def run(piece: dict[str, Any], last: bool, _: float | None) -> Tensor:
+            # Gradients are exchanged once, after the last piece; whether at all, the loop has decided.
+            with nullcontext() if last else self.accelerator.no_sync(model), self._held(piece, "training"):
+                return super(_ByLength, self).training_step(model, piece, num_items_in_batch)  # type: ignore[misc,no-any-return]
+
+        return self._sum(inputs, "train", run)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        return processes.total(self.loss_of(model, inputs)) / processes.count(), None, None
+
+    def loss_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss of a batch, without gradients: this process's term of the mean over all."""
+
+        def run(piece: dict[str, Any], _: bool, tokens: float | None) -> Tensor:
+            with self._held(piece, "evaluation"), torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                return self.compute_loss(model, piece, num_items_in_batch=tokens).detach()  # type: ignore[attr-defined,no-any-return]
+
+        return self._sum(self._prepare_inputs(inputs), "eval", run)  # type: ignore[attr-defined]
+
+    def _held(self, piece: dict[str, Any], work: memory.Work) -> AbstractContextManager[None]:
+        return memory.holding(max(piece[sharing.ROWS], 1), piece[sharing.LONGEST], work)
+
+    def _sum(
+        self, inputs: dict[str, Any], mode: str, run: Callable[[dict[str, Any], bool, float | None], Tensor]
+    ) -> Tensor:
+        """Return the loss of a batch from that of its pieces, and log each metric once.
+
+        Args:
+            inputs: the batch.
+            mode: train or eval.
+            run: gives the loss of a piece, weighed by its part in the batch; told are the piece, whether it is the last
+                one, and the answer tokens of the batch over all processes (None if it is not cut).
+        """
+        if sharing.PIECES not in inputs:
+            return run(inputs, True, None)
+        counts = [self._counts(piece) for piece in inputs[sharing.PIECES]]
+        found = zip(inputs[sharing.PIECES], processes.total(torch.tensor(counts)).tolist(), strict=True)
+        pieces = [(piece, Counts(*numbers)) for piece, numbers in found if numbers[0]]
+        whole = Counts(*(sum(numbers) for numbers in zip(*(count for _, count in pieces), strict=True)))
+        kept, losses = self._metrics[mode], []
+        merged: dict[str, float] = defaultdict(float)
+        for i, (piece, count) in enumerate(pieces):
+            self._metrics[mode] = defaultdict(list)
+            piece[sharing.WEIGHT] = count.rows / whole.rows
+            losses.append(run(piece, i == len(pieces) - 1, whole.chosen))
+            for name, (value,) in self._metrics[mode].items():
+                merged[name] += value * count.of(name) / whole.of(name)
+        for name, value in merged.items():
+            kept[name].append(value)
+        kept["num_tokens"] = [self._total_train_tokens]
+        self._metrics[mode] = kept
+        return torch.stack(losses).sum()
+
+    def _counts(self, piece: dict[str, Any]) -> Counts:
+        """Return what this process has of a piece."""
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        except callbacks.EvaluationStopped:
+            self._metrics["eval"].clear()
+            return {}
+
+    def _run_epoch(self, **how: Any) -> None:
+        # The last epoch may be cut short, and transformers would go on in it for a step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**how)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if weights.is_adapter(Path(resume_from_checkpoint)):
@@ -109,13 +229,22 @@ class _ByLength:
         else:
             weights.restore(self.model, Path(resume_from_checkpoint))
 
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, None, None]:
-        prepared = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            loss = self.compute_loss(model, prepared).detach()  # type: ignore[attr-defined]
-        return processes.total(loss) / processes.count(), None, None
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore what was learned and the step; rates, decay and schedule are those of the job.
+
+        A checkpoint brings its own. They differ only where a job is forced to go on with other settings, which
+        transformers would then ignore.
+        """
+        wanted = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.base_lrs = [settings["initial_lr"] for settings in wanted]
+        shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+        schedule._last_lr = [rate * share for rate, share in zip(schedule.base_lrs, shares, strict=True)]
+        for group, settings, rate in zip(self.optimizer.param_groups, wanted, schedule._last_lr, strict=True):
+            group.update({**settings, "lr": rate})
 
 
 def score_in_forward(model: Any, dtype: torch.dtype) -> None:
@@ -136,8 +265,11 @@ def score_in_forward(model: Any, dtype: torch.dtype) -> None:
 class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
     """SFT on the chosen answers: the mean negative log-probability of their tokens; prompts are not trained on."""
 
-    def __init__(self, *args: Any, dtype: torch.dtype, pad_id: int, shared_prompt: bool, **kwargs: Any) -> None:
-        """Take TRL's arguments, the precision of the matrix products, the padding token and the engine."""
+    def __init__(
+        self, *args: Any, dtype: torch.dtype, pad_id: int, shared_prompt: bool, parts: int = 1, **kwargs: Any
+    ) -> None:
+        """Take TRL's arguments, the precision of the matrix products, the padding token, the engine and the parts."""
+        self.parts = parts
         stand_in = {"prompt_ids": [pad_id], "chosen_ids": [pad_id]}
         collator = sharing.Counted(_SFTCollator(pad_id, shared_prompt), stand_in)
         super().__init__(*args, data_collator=collator, **kwargs)
@@ -146,6 +278,9 @@ class AnswerSFTTrainer(_ByLength, SFTTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "chosen_ids", "length"]
+
+    def _counts(self, piece: dict[str, Any]) -> Counts:
+        return Counts(piece[sharing.ROWS], len(piece["labels"]), 0)
 
     def compute_loss(
         self,
@@ -196,9 +331,11 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         pad_id: int,
         shared_prompt: bool,
         eval_dataset: datasets.Dataset,
+        parts: int = 1,
         **kwargs: Any,
     ) -> None:
-        """Take TRL's arguments, the precision of the matrix products, the padding token and the engine."""
+        """Take TRL's arguments, the precision of the matrix products, the padding token, the engine and the parts."""
+        self.parts = parts
         collator = _PairCollator(pad_id) if shared_prompt else DataCollatorForPreference(pad_token_id=pad_id)
         # Without a reference model TRL makes one: a second adapter, with which transformers 5.17 resumes from the wrong
         # weights without a word, or for a full model the base model's files once more. Ours are numbers in the rows.
@@ -217,6 +354,11 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns: list[str] = [*self._signature_columns, "length"]
+
+    def _counts(self, piece: dict[str, Any]) -> Counts:
+        rows = piece[sharing.ROWS]
+        chosen, rejected = piece["completion_mask"][:, 1:].sum(1).chunk(2)
+        return Counts(rows, int(chosen[:rows].sum()), int(rejected[:rows].sum()))
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor
@@ -255,12 +397,13 @@ class PreferenceTrainer(_ByLength, DPOTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        kept = dict(inputs)
-        shares = sharing.Shares.of(kept.pop(sharing.ROWS))
+        kept = {name: value for name, value in inputs.items() if name not in sharing.NOTES}
+        shares = sharing.Shares.of(inputs[sharing.ROWS])
         with shares.gathered(self.accelerator):
             # Not `super().compute_loss`: it would take the wrapper off the model.
             loss: Tensor = self._compute_loss(model, kept, False)
-        return loss * shares.weight
+        weight: float = shares.weight * inputs.get(sharing.WEIGHT, 1.0)
+        return loss * weight
 
 
 class _PairCollator(DataCollatorForPreference):  # type: ignore[misc]
