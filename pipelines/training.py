@@ -94,7 +94,6 @@ def _training(
         sft_evidence=sft_evidence,
         evaluation=scores,
         registry=registry,
-        rules=evaluation,
         **tuned,
         **model,
     )

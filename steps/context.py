@@ -3,6 +3,7 @@
 Read from the run and not passed as parameters, so that it is no part of a cache key.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from zenml import get_step_context
 from zenml.client import Client
 
 from preference_tuning import interruption
-from preference_tuning.config import RunConfig
+from preference_tuning.config import JudgeConfig, RunConfig
 from preference_tuning.errors import ConfigError
 from preference_tuning.tracking.comet import CometRun
 
@@ -52,6 +53,12 @@ def current_run() -> Run:
         config=RunConfig.model_validate(run.config.parameters),
         fresh=run.config.enable_cache is False,
     )
+
+
+def give_key_to(judge: JudgeConfig | None) -> None:
+    """Put the judge's key, if it is a ZenML secret, where the evaluation's process looks for it."""
+    if judge is not None and judge.api_key_secret is not None:
+        os.environ[judge.api_key_env] = secret(judge.api_key_secret)
 
 
 def secret(name: str) -> str:

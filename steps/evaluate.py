@@ -10,8 +10,10 @@ from preference_tuning.config import BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
+from preference_tuning.registry.champion import to_beat
+from preference_tuning.registry.folder import FolderRegistry
 from steps.artifacts import DirectoryMaterializer
-from steps.context import current_run
+from steps.context import current_run, give_key_to
 
 
 @step(output_materializers={"evaluation": DirectoryMaterializer})
@@ -37,10 +39,14 @@ def evaluate(
         evaluation,
         run.output_dir,
         run.comet,
+        # Read now and no parameter: the cache would take another champion for another evaluation of this model, while
+        # `register` looks at it once more.
+        champion=to_beat(FolderRegistry(run.config.registry), dpo_adapter or sft_adapter),
         beta=beta,
         max_length=max_length,
         retries=run.config.training.retries,
     )
+    give_key_to(evaluation.judge)
     evaluated = job.evaluate(work, again=run.fresh)
     log_metadata(evaluated.evaluation.metadata())
     report = (evaluated.evidence / job.REPORT).read_text(encoding="utf-8")

@@ -8,12 +8,14 @@ from typing import Annotated
 
 from zenml import get_step_context, log_metadata, step
 from zenml.enums import ModelStages
+from zenml.types import HTMLString
 
-from preference_tuning.config import BaseModelConfig, EvaluationConfig, RegistryConfig
+from preference_tuning.config import BaseModelConfig, RegistryConfig
 from preference_tuning.data.table import Dataset
+from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
 from preference_tuning.registry import result, summary
-from steps.context import current_run
+from steps.context import current_run, give_key_to
 
 
 @step(enable_cache=False)
@@ -25,10 +27,9 @@ def register(
     base_model: BaseModelConfig,
     base_model_fingerprint: str,
     registry: RegistryConfig,
-    rules: EvaluationConfig,
     dpo_adapter: Path | None = None,
     dpo_evidence: Path | None = None,
-) -> Annotated[str, "version"]:
+) -> tuple[Annotated[str, "version"], Annotated[HTMLString, "decision_report"]]:
     """Store the run's result, decide on promotion, and print the summary."""
     run = current_run()
     outcome = result.Result(
@@ -36,7 +37,7 @@ def register(
         base_model=base_model,
         source=locate(base_model, expected=base_model_fingerprint),
         dataset=Dataset(dataset),
-        adapter=dpo_adapter or sft_adapter,
+        adapters={"sft": sft_adapter} | ({"dpo": dpo_adapter} if dpo_adapter else {}),
         training={"sft": sft_evidence} | ({"dpo": dpo_evidence} if dpo_evidence else {}),
         evaluation=evaluation,
         config=run.config,
@@ -44,7 +45,8 @@ def register(
         output_dir=run.output_dir.absolute(),
         run={"zenml_run": run.name, "zenml_run_id": run.id, "comet_experiment": run.comet.experiment_key},
     )
-    registered = result.register(outcome, registry, rules)
+    give_key_to(run.config.evaluation.judge)
+    registered = result.register(outcome, registry)
     result.track(outcome, registered)
     log_metadata(registered.metadata())
     if get_step_context().pipeline_run.config.model:
@@ -52,4 +54,5 @@ def register(
         if registered.promoted:
             get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
     print(summary.render(outcome, registered))
-    return registered.version.id
+    report = (registered.evaluation / job.REPORT).read_text(encoding="utf-8")
+    return registered.version.id, HTMLString(report)

@@ -496,7 +496,7 @@ def test_a_reference_that_is_not_the_policy_is_caught(tmp_path: Path, reference_
     )
     loss, difference, pairs = reference.measure(engine, **how)
     assert pairs == 3
-    tolerance = reference.TOLERANCE[torch.float32]
+    tolerance = scoring.TOLERANCE[torch.float32]
     if reference_of == "the policy":
         assert reference.check(loss, difference, 0.3, ["sigmoid"], tolerance) == math.log(2)
         return

@@ -3,23 +3,35 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import statistics
+from preference_tuning.evaluation.deciding import Reigning, Terms
 from preference_tuning.evaluation.gate import Verdict
-from preference_tuning.evaluation.metrics import BASE
+from preference_tuning.evaluation.metrics import BASE, CHAMPION
 from preference_tuning.models.chat import Room
 from preference_tuning.models.source import ModelSource
 from preference_tuning.tracking.comet import CometRun
 
 MODULE = "preference_tuning.evaluation"
 EVIDENCE = "evidence"
-SCORES, SUMMARY, REPORT, METRICS = "scores.parquet", "evaluation.json", "report.html", "metrics.jsonl"
+SUMMARY, REPORT, METRICS = "evaluation.json", "report.html", "metrics.jsonl"
+
+
+class Champion(BaseModel):
+    """The model to beat, as it lies in the registry."""
+
+    version: str
+    finetuning_type: str
+    folder: Path
+    """Of its weights."""
+    hash: str
+    base_model_fingerprint: str
+    split: Path
+    """Which pairs it was trained on (``data.table.SPLIT``)."""
 
 
 class EvaluationJob(jobs.Job):
@@ -34,6 +46,8 @@ class EvaluationJob(jobs.Job):
     """Folders of adapters or full models, in the order in which they were trained: each is the reference of the next,
     the base model of the first."""
     adapter_hashes: dict[str, str]
+    champion: Champion | None = None
+    """The one that the last of the adapters has to beat; None if there is none but itself."""
     beta: float
     max_length: int
     max_prompt_length: int | None
@@ -42,9 +56,42 @@ class EvaluationJob(jobs.Job):
     comet: CometRun
 
     @property
+    def scored_champion(self) -> Champion | None:
+        """The champion, if it can be scored beside the others."""
+        same = self.champion is not None and self.champion.base_model_fingerprint == self.source.fingerprint
+        return self.champion if same else None
+
+    @property
+    def tuned(self) -> dict[str, Path]:
+        """The folder of every tuned model that is scored."""
+        return self.adapters | ({CHAMPION: self.scored_champion.folder} if self.scored_champion else {})
+
+    @property
+    def tuned_hashes(self) -> dict[str, str]:
+        """The hash of every tuned model that is scored."""
+        return self.adapter_hashes | ({CHAMPION: self.scored_champion.hash} if self.scored_champion else {})
+
+    @property
     def references(self) -> dict[str, str]:
-        """The reference of each tuned model: the model before it."""
-        return dict(zip(self.adapters, (BASE, *self.adapters), strict=False))
+        """The reference of each tuned model: the model before it, and of the champion the base model."""
+        found = dict(zip(self.adapters, (BASE, *self.adapters), strict=False))
+        return found | ({CHAMPION: BASE} if self.scored_champion else {})
+
+    @property
+    def terms(self) -> Terms:
+        """What the verdict depends on beside what is measured."""
+        reigning = self.champion and Reigning(
+            version=self.champion.version,
+            finetuning_type=self.champion.finetuning_type,
+            same_base_model=self.scored_champion is not None,
+        )
+        return Terms(
+            candidate=list(self.adapters)[-1],
+            references=self.references,
+            beta=self.beta,
+            config=self.config,
+            champion=reigning,
+        )
 
     @property
     def most_parts(self) -> int:
@@ -66,6 +113,8 @@ class EvaluationJob(jobs.Job):
         names |= {"max_prompt_length", "keep_end"}
         return {
             **self.model_dump(mode="json", include=names),
+            "champion": self.champion and [self.champion.version, self.champion.hash],
+            "general": self.config.general and fingerprint.of_file(Path(self.config.general)),
             "base_model_fingerprint": self.source.fingerprint,
             "code": fingerprint.of_sources(MODULE),
         }
@@ -89,11 +138,22 @@ class Evaluation(BaseModel):
     template_hash: str
     adapter_hashes: dict[str, str]
     """Of the tuned weights that were scored, by stage."""
-    beta: float
+    terms: Terms
     models: dict[str, dict[str, statistics.Figure]]
     samples: list[Sample]
     verdict: Verdict
+    notes: list[str] = []
+    """What a reader should know of how it was measured, such as whether the judge is believed."""
+    bonds: dict[str, str]
+    """Hashes of all that the verdict stands on, by what they are of."""
+    seal: str
+    """One hash over the verdict, the figures and the bonds."""
     seconds: float
+
+    @property
+    def champion(self) -> str | None:
+        """The version that the candidate was compared with."""
+        return self.terms.champion.version if self.terms.champion else None
 
     def metadata(self) -> dict[str, Any]:
         """Return what the dashboard shows of it."""
@@ -145,13 +205,6 @@ def from_artifacts(
         comet=comet,
         **settings,
     )
-
-
-def load_scores(evidence: Path) -> dict[str, statistics.Array]:
-    """Return the per-example score table of an evaluation: its numbers, and the prompts of the pairs."""
-    table = pq.read_table(evidence / SCORES)
-    scores = {name: table[name].to_numpy() for name in table.column_names}
-    return {name: column if name == "prompt" else np.asarray(column, np.float64) for name, column in scores.items()}
 
 
 def load_summary(evidence: Path) -> Evaluation:

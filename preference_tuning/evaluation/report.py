@@ -1,9 +1,8 @@
 """The evaluation report: the verdict, the models side by side, and what they answer."""
 
-import itertools
-
 from preference_tuning import reports
 from preference_tuning.evaluation import metrics
+from preference_tuning.evaluation.deciding import Measured
 from preference_tuning.evaluation.job import Evaluation
 
 SHOWN = {
@@ -16,7 +15,7 @@ SHOWN = {
 }
 
 
-def render(evaluation: Evaluation, scores: metrics.Scores) -> str:
+def render(evaluation: Evaluation, measured: Measured) -> str:
     """Return the report of an evaluation as HTML."""
     verdict = evaluation.verdict
     return reports.page(
@@ -34,11 +33,11 @@ def render(evaluation: Evaluation, scores: metrics.Scores) -> str:
             "Models side by side",
             reports.paragraph(
                 "Each figure with its 95 % interval, on the same held-out pairs; ties count as half. Rewards are those "
-                f"of a model against the one before it, with beta {evaluation.beta:g} for DPO and 1 for SFT."
+                f"of a model against the one before it, with beta {evaluation.terms.beta:g} for DPO and 1 for SFT."
             ),
             _figures(evaluation),
         ),
-        reports.section("Per example", reports.charts(*_charts(evaluation, scores))),
+        reports.section("Per example", reports.charts(*_charts(evaluation, measured.scores))),
         reports.section("Answers to held-out prompts", _samples(evaluation)),
     )
 
@@ -59,7 +58,7 @@ def _charts(evaluation: Evaluation, scores: metrics.Scores) -> list[reports.Html
     accuracy = {name: figures["likelihood/accuracy"].value for name, figures in evaluation.models.items()}
     margins = {
         f"{name} against {parent}": metrics.reward_margins(scores, name, parent).tolist()
-        for parent, name in itertools.pairwise(names)
+        for name, parent in evaluation.terms.references.items()
     }
     per_token = {name: (scores[f"{name}/chosen"] / scores["chosen_tokens"]).tolist() for name in names}
     return [

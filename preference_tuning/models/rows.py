@@ -16,7 +16,7 @@ from preference_tuning.progress import bar
 
 @dataclass
 class TokenRows:
-    """Rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``length``, ``cut`` and the pair's ``content``."""
+    """Rows of ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``length``, ``cut``, ``content``, ``group``."""
 
     rows: datasets.Dataset
     dropped: int
@@ -87,7 +87,7 @@ def _encode(
     kept = [i for i, row in enumerate(found) if isinstance(row, chat.Encoded)]
     encoded = [row for row in found if isinstance(row, chat.Encoded)]
     return {
-        "content": [batch["content"][i] for i in kept],
+        **{name: [batch[name][i] for i in kept] for name in ("content", "group")},
         "prompt_ids": [row.prompt_ids for row in encoded],
         "chosen_ids": [row.answer_ids[0] for row in encoded],
         "rejected_ids": [row.answer_ids[1] if answers == 2 else [] for row in encoded],

@@ -17,6 +17,16 @@ from preference_tuning.models import attention, tree
 from preference_tuning.models.chat import PairTokens
 from preference_tuning.models.head import Head, head_scores, unwrap
 
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
+"""Nats by which a summed log-probability may differ between two batches that hold the same pair.
+
+In 16 bits a product may depend on the shape of its batch; over an answer of a hundred tokens that adds up to tenths
+of a nat. A wrong reference (base model, other weights, other template) is off by tens.
+"""
+
+TRIED_ROWS = 2
+"""Rows that are scored both ways before anything else, to see that the model takes token trees."""
+
 
 @dataclass
 class Rows:
@@ -219,6 +229,17 @@ def _lengths(pairs: Any) -> list[int]:
     if isinstance(pairs, list):
         return [sum(len(pair[name]) for name in PairTokens.__annotations__) for pair in pairs]
     return list(pairs["length"])
+
+
+def refuses_tree(model: nn.Module, rows: Any, dtype: torch.dtype) -> str | None:
+    """Return why a model cannot read these token rows as trees, by rule or by a try on two of them; None if it can."""
+    refusal = refuses_shared_prompt(model, max(rows["length"]))
+    if refusal is not None:
+        return refusal
+    shortest = sorted(range(len(rows)), key=list(rows["length"]).__getitem__)[:TRIED_ROWS]
+    error = tree_error(model, [(row["prompt_ids"], row["chosen_ids"]) for row in rows.select(shortest)], dtype)
+    allowed = TOLERANCE[dtype]
+    return None if error <= allowed else f"with a shared prompt its log-probabilities are off by {error:.3g} nats"
 
 
 def refuses_shared_prompt(model: nn.Module, longest: int) -> str | None:

@@ -93,7 +93,14 @@ class FolderRegistry:
 
     def champion(self) -> Champion | None:
         """Return the pointer to the champion, or None if nothing was promoted yet."""
-        path = self.folder / CHAMPION
+        return self._pointer(CHAMPION)
+
+    def previous(self) -> Champion | None:
+        """Return the pointer to the champion before, or None if there was none."""
+        return self._pointer(PREVIOUS)
+
+    def _pointer(self, name: str) -> Champion | None:
+        path = self.folder / name
         return Champion.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def version(self, id: str) -> Version:
@@ -119,15 +126,14 @@ class FolderRegistry:
         Raises:
             PreferenceTuningError: the model holds files that must not be published, or cannot be written.
         """
-        files = fingerprint.manifest(model)
-        if pickles := [name for name in files if name.endswith(REFUSED)]:
+        if pickles := [name for name in fingerprint.manifest(model) if name.endswith(REFUSED)]:
             raise PreferenceTuningError(f"registry: {', '.join(pickles)}: pickled files are not published")
-        version_id = fingerprint.of_value(files)[:16]
+        new = version_id(model)
         with self._lock():
             self._clear_leftovers()
-            if (self.path(version_id) / MANIFEST).is_file():
-                return self.version(version_id)
-            return self._write(version_id, model, evidence, card, facts)
+            if (self.path(new) / MANIFEST).is_file():
+                return self.version(new)
+            return self._write(new, model, evidence, card, facts)
 
     def promote(self, id: str) -> None:
         """Make a version the champion; the one before becomes the previous one.
@@ -217,6 +223,11 @@ class FolderRegistry:
         with stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+
+def version_id(model: Path) -> str:
+    """Return the id of the version that the model in a folder is or would be."""
+    return fingerprint.of_value(fingerprint.manifest(model))[:16]
 
 
 def _sync_file(path: Path) -> None:

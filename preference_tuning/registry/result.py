@@ -4,22 +4,19 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint
-from preference_tuning.config import BaseModelConfig, EvaluationConfig, RegistryConfig, RunConfig
+from preference_tuning.config import BaseModelConfig, RegistryConfig, RunConfig
 from preference_tuning.data.table import MANIFEST, REPORT, SPLIT, Dataset
 from preference_tuning.errors import PreferenceTuningError
-from preference_tuning.evaluation import gate
 from preference_tuning.evaluation import job as evaluation_job
-from preference_tuning.evaluation.gate import Rule, Verdict
+from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.evaluation.job import Evaluation
-from preference_tuning.evaluation.metrics import ANSWERS, BASE, CHAMPION
-from preference_tuning.evaluation.statistics import Array
 from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card, evidence
+from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import FolderRegistry, Version
 from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.training import unfinished
@@ -35,8 +32,8 @@ class Result(BaseModel):
     base_model: BaseModelConfig
     source: ModelSource
     dataset: Dataset
-    adapter: Path
-    """The folder of the last stage's weights: an adapter or a full model."""
+    adapters: dict[str, Path]
+    """The folder of each stage's weights, adapters or full models, in the order in which they were trained."""
     training: dict[str, Path]
     """The evidence folder of each stage, in their order."""
     evaluation: Path
@@ -44,6 +41,11 @@ class Result(BaseModel):
     comet: CometRun
     output_dir: Path
     run: dict[str, str]
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the last stage's weights."""
+        return list(self.adapters.values())[-1]
 
     def records(self) -> dict[str, TrainingRecord]:
         """Return the training record of each stage."""
@@ -58,6 +60,8 @@ class Registered(BaseModel):
     promoted: bool
     verdict: Verdict
     champion: str | None
+    evaluation: Path
+    """The evidence of the verdict."""
 
     def metadata(self) -> dict[str, Any]:
         """Return what the dashboard shows of it."""
@@ -71,25 +75,22 @@ class Registered(BaseModel):
         }
 
 
-def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) -> Registered:
+def register(result: Result, config: RegistryConfig) -> Registered:
     """Store a result as a version, make it champion if its evidence allows, and remove what only training needed.
 
-    The evaluation's verdict is final only where there is no champion; a champion has to be beaten, on the same held-out
-    pairs.
+    The verdict is the evaluation's, against the champion that reigns now.
 
     Raises:
         PreferenceTuningError: the result is not finished or healthy, or cannot be stored.
     """
     registry = FolderRegistry(config)
     _check_evidence(result)
-    evaluation = evaluation_job.load_summary(result.evaluation)
-    reigning = registry.champion()
-    rule = _against_champion(result, registry, reigning.version, rules) if reigning else gate.first_model()
-    verdict = gate.verdict(evaluation.verdict.candidate, [*evaluation.verdict.rules, rule])
+    evaluated = _current(result, registry)
+    evaluation, verdict = evaluated.evaluation, evaluated.evaluation.verdict
     adapter = weights.is_adapter(result.adapter)
     version = registry.publish(
         result.adapter,
-        {**result.training, "evaluation": result.evaluation, "data": _manifest_only(result)},
+        {**result.training, "evaluation": evaluated.evidence, "data": _manifest_only(result)},
         card.render(
             result.base_model, evaluation, verdict, result.records(), result.dataset.manifest, config.name, adapter
         ),
@@ -106,6 +107,7 @@ def register(result: Result, config: RegistryConfig, rules: EvaluationConfig) ->
         promoted=champion == version.id,
         verdict=verdict,
         champion=champion,
+        evaluation=evaluated.evidence,
     )
 
 
@@ -133,55 +135,29 @@ def _check_evidence(result: Result) -> None:
         raise PreferenceTuningError(f"nothing is registered: {'; '.join(found)}. Run it again with --no-cache")
 
 
-def _against_champion(result: Result, registry: FolderRegistry, champion: str, rules: EvaluationConfig) -> Rule:
-    """Return the rule on the champion; it does not apply to a result that is the champion."""
-    if champion == fingerprint.of_value(fingerprint.manifest(result.adapter))[:16]:
-        return Rule(name="champion", measured="this very model", wanted="another model", outcome="skipped")
-    reigning = registry.version(champion)
-    if reigning.base_model["fingerprint"] != result.source.fingerprint:
-        measured, wanted = f"{champion} has another base model", "the same base model"
-        return Rule(name="champion", measured=measured, wanted=wanted, outcome="undecided")
-    scores = _with_champion(result, registry, reigning, rules)
-    # The split never moves a prompt: what is held out today was held out when the champion was trained.
-    unseen = np.ones(len(scores["prompt"]), bool)
-    known = gate.Evidence(
-        candidate=result.finetuning_type,
-        parent="sft" if result.finetuning_type == "dpo" else BASE,
-        scores=scores,
-        figures={},
-        champion=gate.Champion(champion, reigning.finetuning_type, unseen),
-    )
-    return gate.against_champion(known, rules)
+def _current(result: Result, registry: FolderRegistry) -> evaluation_job.Evaluated:
+    """Return the run's evaluation, made anew if another champion reigns than the one that it looked at.
 
-
-def _with_champion(
-    result: Result, registry: FolderRegistry, champion: Version, rules: EvaluationConfig
-) -> dict[str, Array]:
-    """Return the scores with the champion's on today's held-out pairs; it is scored anew where it never saw them."""
-    ours = evaluation_job.load_scores(result.evaluation)
-    stored = registry.path(champion.id) / "evidence" / "evaluation"
-    theirs, name = evaluation_job.load_scores(stored), champion.finetuning_type
-    same_data = champion.data.get("split_fingerprint") == result.dataset.manifest.split_fingerprint
-    same_template = champion.metrics["template_hash"] == evaluation_job.load_summary(result.evaluation).template_hash
-    same_rows = len(theirs[f"{BASE}/chosen"]) == len(ours[f"{BASE}/chosen"])
-    if not (same_data and same_template and same_rows):
-        theirs, name = _score_anew(result, registry.path(champion.id) / "model", rules), CHAMPION
-    return ours | {f"{CHAMPION}/{answer}": theirs[f"{name}/{answer}"] for answer in ANSWERS}
-
-
-def _score_anew(result: Result, model: Path, rules: EvaluationConfig) -> dict[str, Array]:
+    It may have come from the step cache, or another run may have promoted its model since.
+    """
+    evaluation = evaluation_job.load_summary(result.evaluation)
+    champion = to_beat(registry, result.adapter)
+    if evaluation.champion == (champion.version if champion else None):
+        return evaluation_job.Evaluated(evaluation=evaluation, evidence=result.evaluation)
     job = evaluation_job.from_artifacts(
         result.base_model,
         result.source,
         result.dataset,
-        {CHAMPION: model},
-        rules.model_copy(update={"samples": 0}),
+        result.adapters,
+        result.config.evaluation,
         result.output_dir,
-        result.comet.model_copy(update={"config": result.comet.config.model_copy(update={"mode": "off"})}),
-        beta=1.0,
+        result.comet,
+        champion=champion,
+        beta=result.config.dpo.beta,
         max_length=result.config.dpo.length(result.base_model),
+        retries=result.config.training.retries,
     )
-    return evaluation_job.load_scores(evaluation_job.evaluate(job).evidence)
+    return evaluation_job.evaluate(job)
 
 
 def _manifest_only(result: Result) -> Path:
@@ -212,7 +188,8 @@ def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str
         "metrics": {
             "pairs": evaluation.pairs,
             "template_hash": evaluation.template_hash,
-            "beta": evaluation.beta,
+            "beta": evaluation.terms.beta,
+            "seal": evaluation.seal,
             "models": {
                 name: {key: figure.model_dump() for key, figure in figures.items()}
                 for name, figures in evaluation.models.items()

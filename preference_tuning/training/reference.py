@@ -15,13 +15,6 @@ from preference_tuning.models import scoring, stored
 from preference_tuning.progress import bar
 from preference_tuning.training import memory, processes, sharing
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
-"""Nats by which a summed log-probability may differ between two batches that hold the same pair.
-
-In 16 bits a product may depend on the shape of its batch; over an answer of a hundred tokens that adds up to tenths
-of a nat. A wrong reference (base model, other weights, other template) is off by tens.
-"""
-
 CHECKED_BATCHES = 1
 
 

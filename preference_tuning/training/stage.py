@@ -20,9 +20,6 @@ from preference_tuning.training.job import ReferenceProof, TrainingJob, Training
 
 VERSIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
-TRIED_ROWS = 2
-"""Rows that are scored both ways before training, to see that the model takes token trees."""
-
 
 class Stage:
     """One stage: load, tokenise, build the trainer, resume, train, save. What is written, the first process writes."""
@@ -209,7 +206,7 @@ class Stage:
         """Return whether the prompts of a batch are shared, and keep the reason."""
         refusal = None
         if wanted != "trl":
-            refusal = scoring.refuses_shared_prompt(model, max(train["length"])) or self._failed_try(model, train)
+            refusal = scoring.refuses_tree(model, train, self.base.dtype)
         if wanted == "shared_prompt" and refusal:
             raise ConfigError(f"dpo.engine: shared_prompt cannot run this model: {refusal}; use auto or trl")
         shared = wanted != "trl" and refusal is None
@@ -220,13 +217,6 @@ class Stage:
         if refusal:
             self._say(f"{self.job.stage.upper()}: the prompt is not shared, because {refusal}")
         return shared
-
-    def _failed_try(self, model: Any, train: Any) -> str | None:
-        """Return how a token tree changes what the model says of two short rows, or None if it does not."""
-        shortest = sorted(range(len(train)), key=list(train["length"]).__getitem__)[:TRIED_ROWS]
-        examples = [(row["prompt_ids"], row["chosen_ids"]) for row in train.select(shortest)]
-        error, allowed = scoring.tree_error(model, examples, self.base.dtype), reference.TOLERANCE[self.base.dtype]
-        return None if error <= allowed else f"with a shared prompt its log-probabilities are off by {error:.3g} nats"
 
     def _with_reference(self, model: Any, train: Any, held_out: Any, shared: bool) -> tuple[Any, Any]:
         assert self.job.dpo is not None
@@ -261,7 +251,7 @@ class Stage:
         assert self.job.dpo is not None
         assert self.job.adapter_hash is not None
         dpo = self.job.dpo
-        tolerance = reference.TOLERANCE[self.base.dtype]
+        tolerance = scoring.TOLERANCE[self.base.dtype]
         loss, difference, pairs = reference.measure(trainer, **self._how(shared))
         expected = reference.check(loss, difference, dpo.beta, dpo.loss_type, tolerance, dpo.loss_weights)
         self.reference = ReferenceProof(

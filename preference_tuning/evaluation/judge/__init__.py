@@ -21,6 +21,7 @@ from preference_tuning.evaluation.statistics import Figure
 __all__ = [
     "Calibration",
     "Comparison",
+    "Cost",
     "Judged",
     "Opinion",
     "calibrate",

@@ -1,0 +1,188 @@
+"""From what was measured to the verdict: pure functions of stored files, so that anyone can do it again.
+
+The evaluation's job and `run.py evaluate --verify` call the same ``decide``.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from preference_tuning import fingerprint
+from preference_tuning.config import EvaluationConfig
+from preference_tuning.evaluation import gate, general, generation, judge, metrics, scores, statistics
+from preference_tuning.evaluation.gate import Kind, Rule, Verdict
+from preference_tuning.evaluation.generation import Answer
+from preference_tuning.evaluation.judge import Calibration, Judged
+from preference_tuning.evaluation.metrics import Figures
+from preference_tuning.evaluation.statistics import Figure
+
+SCORES, ANSWERS, GENERAL, JUDGED, TASKS = (
+    "scores.parquet", "answers.parquet", "general.parquet", "judged.json", "lm_eval.json",
+)  # fmt: skip
+UNSEEN = "new_to_champion"
+"""Column of the score table: whether the champion was not trained on the pair or on another of its prompt."""
+
+
+class Reigning(BaseModel):
+    """The champion that a candidate has to beat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    finetuning_type: str
+    same_base_model: bool
+    """Only then can it be scored beside the others."""
+
+
+class Terms(BaseModel):
+    """What the verdict depends on beside what was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    candidate: str
+    references: dict[str, str]
+    """The reference of each tuned model; that of the candidate is its parent."""
+    beta: float
+    config: EvaluationConfig
+    champion: Reigning | None
+
+
+class Judgement(BaseModel):
+    """What a judge said of the candidate's answers, and how far it is to be believed."""
+
+    calibration: Calibration
+    against_parent: Judged
+    against_champion: Judged | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that was measured, as it lies in the evidence folder."""
+
+    scores: dict[str, Any]
+    answers: list[Answer]
+    general: dict[str, Any] | None
+    judgement: Judgement | None
+    tasks: dict[str, Figures]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Measured":
+        """Return what lies in an evidence folder.
+
+        Raises:
+            OSError: the score table is missing.
+            ValueError: a file is damaged.
+        """
+        return cls(
+            scores=scores.read(folder / SCORES),
+            answers=generation.read(folder / ANSWERS) if (folder / ANSWERS).is_file() else [],
+            general=general.read(folder / GENERAL) if (folder / GENERAL).is_file() else None,
+            judgement=_judgement(folder / JUDGED),
+            tasks=_tasks(folder / TASKS),
+        )
+
+
+def decide(measured: Measured, terms: Terms) -> tuple[dict[str, Figures], Verdict]:
+    """Return the figures of every model, and the verdict on the candidate."""
+    seed = terms.config.seed
+    table = {name: column for name, column in measured.scores.items() if name not in ("content", UNSEEN)}
+    figures = metrics.figures(table, terms.references, terms.beta, seed)
+    for model in figures:
+        figures[model] |= _of_answers([answer for answer in measured.answers if answer.model == model], seed)
+        if measured.general is not None:
+            figures[model] |= general.figures(measured.general, model, terms.references.get(model), seed)
+        figures[model] |= measured.tasks.get(model, {})
+    if measured.judgement is not None:
+        figures[terms.candidate] |= _of_judge(measured.judgement, seed)
+    parent = terms.references[terms.candidate]
+    evidence = gate.Evidence(
+        candidate=terms.candidate,
+        parent=parent,
+        scores=table,
+        figures=figures,
+        measured=_expected(terms.config),
+        champion=_champion(measured, terms),
+    )
+    rules = [*gate.own_rules(evidence, terms.config), _champion_rule(evidence, terms)]
+    return figures, gate.verdict(terms.candidate, rules)
+
+
+def bound(folder: Path, terms: Terms, identity: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes that tie a verdict to what it stands on.
+
+    Args:
+        folder: with the files that were measured.
+        terms: of the verdict.
+        identity: of the evaluation: data split, models, base model, code, by name.
+    """
+    files = {
+        f"files/{name}": fingerprint.of_file(folder / name)
+        for name in (SCORES, ANSWERS, GENERAL, JUDGED, TASKS)
+        if (folder / name).is_file()
+    }
+    named = {name: value if isinstance(value, str) else fingerprint.of_value(value) for name, value in identity.items()}
+    return {**named, "terms": fingerprint.of_value(terms.model_dump(mode="json")), **files}
+
+
+def seal(bonds: dict[str, str], figures: dict[str, Figures], verdict: Verdict) -> str:
+    """Return one hash over a verdict, its figures and all that they stand on."""
+    told = {model: {name: repr(figure) for name, figure in found.items()} for model, found in figures.items()}
+    return fingerprint.of_value([bonds, told, verdict.model_dump(mode="json")])
+
+
+def _expected(config: EvaluationConfig) -> frozenset[Kind]:
+    """Return what has to be there beside log-probabilities; what is missing then fails its rule."""
+    kinds: set[Kind] = {"kl"}
+    kinds |= {"generation"} if config.samples else set()
+    kinds |= {"judge"} if config.judge is not None else set()
+    return frozenset(kinds)
+
+
+def _champion(measured: Measured, terms: Terms) -> gate.Champion | None:
+    if terms.champion is None or not terms.champion.same_base_model:
+        return None
+    everything = np.ones(len(measured.scores["prompt"]))
+    unseen = measured.scores.get(UNSEEN, everything).astype(bool)
+    return gate.Champion(terms.champion.version, terms.champion.finetuning_type, unseen)
+
+
+def _champion_rule(evidence: gate.Evidence, terms: Terms) -> Rule:
+    if terms.champion is None:
+        return gate.first_model()
+    if evidence.champion is None:
+        measured = f"{terms.champion.version} has another base model"
+        return Rule(name="champion", measured=measured, wanted="the same base model", outcome="undecided")
+    return gate.against_champion(evidence, terms.config)
+
+
+def _of_answers(answers: list[Answer], seed: int) -> Figures:
+    """Return ``generation/*`` of a model: means over its answers, with intervals over the prompts."""
+    if not answers:
+        return {}
+    prompts = np.array([str(answer.prompt) for answer in answers])
+    means = statistics.means(generation.values(answers), prompts, seed)
+    distinct = {f"distinct_{n}": Figure.exact(generation.distinct(answers, n)) for n in (1, 2)}
+    return {f"generation/{name}": figure for name, figure in {**means, **distinct}.items()}
+
+
+def _of_judge(judgement: Judgement, seed: int) -> Figures:
+    found = judge.figures(judgement.against_parent, judgement.calibration, seed)
+    if judgement.against_champion is not None:
+        figures = judge.figures(judgement.against_champion, judgement.calibration, seed)
+        found["judge/win_rate_vs_champion"] = figures["judge/win_rate"]
+    return found
+
+
+def _judgement(path: Path) -> Judgement | None:
+    return Judgement.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _tasks(path: Path) -> dict[str, Figures]:
+    if not path.is_file():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {m: {name: Figure.model_validate(f) for name, f in figures.items()} for m, figures in stored.items()}
