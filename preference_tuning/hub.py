@@ -24,6 +24,7 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
     """
     if revision and COMMIT.match(revision):
         return revision
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -38,7 +39,7 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
         raise ConfigError(
             f"no {where} on the hub (or it is private and HF_TOKEN is not set), and no such path"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx.TransportError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"cannot reach the hub to find the {where}: {reason}. "

@@ -310,6 +310,29 @@ def long_rows_do_not_fit() -> None:
     trainers.AnswerSFTTrainer.compute_loss = compute_loss
 
 
+@pytest.mark.faults
+def test_pieces_are_not_made_where_they_do_not_help_and_are_kept(run: Run, tmp_path: Path) -> None:
+    def told(work: TrainingJob, **facts: Any) -> str:
+        failure = failures.Failure(exit_code=1, message="no memory", kind="out_of_memory", facts=facts)
+        with pytest.raises(PreferenceTuningError) as caught:
+            jobs._in_smaller_parts(tmp_path, work, failure)
+        return str(caught.value)
+
+    work = job_of(run, tmp_path, "dpo", adapter=tmp_path)
+    assert "it is the model that does not fit" in told(work, rows=0)
+    coupled = job_of(run, tmp_path, "dpo", {"loss_type": ("sigmoid", "sft")}, adapter=tmp_path)
+    assert "dpo.loss_type: sft needs its batch whole, so it is not cut" in told(coupled, rows=8, longest=40)
+    assert "dpo.max_length: 30, or dpo.gradient_checkpointing" in told(work, rows=1, longest=40, passed=30)
+    assert "a smaller dpo.max_length" in told(work.model_copy(update={"parts": 8}))
+    assert events.read(tmp_path) == []
+
+    assert jobs._parts(tmp_path, work) == 1
+    jobs.write_json(tmp_path / jobs.JOB, work.model_copy(update={"parts": 4}).model_dump(mode="json"))
+    assert jobs._parts(tmp_path, work) == 4, "an interrupted job goes on in the pieces that it had come to"
+    assert jobs._parts(tmp_path, coupled) == 1
+    assert work.model_copy(update={"parts": 4}).identity() == work.identity()
+
+
 # --- retries --------------------------------------------------------------------------------------------------------
 
 

@@ -316,3 +316,14 @@ def test_comet_is_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         [],
     )
     assert (set_["project_name"], set_["workspace"], set_["experiment_config"].tags) == ("p", "w", ["night", "a"])
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused connection is an error of httpx, which is no OSError."""
+    import huggingface_hub.constants
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi.__init__, "__defaults__", ("http://127.0.0.1:9", *HfApi.__init__.__defaults__[1:]))
+    with pytest.raises(ConfigError, match="cannot reach the hub to find the model 'a/b'"):
+        hub.resolve_commit("a/b", None, "model")
