@@ -20,7 +20,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 test-faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "faults or whole"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "faults or whole"
 
 test-all: $(VENV)/.dev $(VENV)/.model
 	$(BIN)/python -m pytest -m "not gpu"

@@ -1,17 +1,18 @@
 """Full fine-tuning (`lora: null`): every weight trains, through the same stages, proofs and registry."""
 
+import functools
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 import torch
 from conftest import Project, make_project
 from test_scoring import sft_of_both, tiny, trainer, word_level
-from test_training import COMET, interrupted
+from test_training import COMET
 
-from preference_tuning import config, preflight
+from preference_tuning import config, jobs, preflight
 from preference_tuning.config import BaseModelConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError
@@ -185,7 +186,7 @@ def test_check_warns_of_an_adapters_learning_rate(project: Project) -> None:
     assert second.strip() == "warning: sft.learning_rate 0.003 is a rate for adapters; usual here is 2e-05"
 
 
-@pytest.mark.faults
+@pytest.mark.whole
 def test_a_killed_full_job_goes_on_to_the_same_weights(project: Project, version: Path, tmp_path: Path) -> None:
     run = config.load(project.folder / "run.yaml").config
     dataset = Dataset(next(project.folder.glob("outputs/data/*/dataset")))
@@ -193,9 +194,12 @@ def test_a_killed_full_job_goes_on_to_the_same_weights(project: Project, version
     work = job.from_artifacts(
         "dpo", run.base_model, locate(run.base_model), dataset, tmp_path, COMET, dpo=run.dpo, adapter=sft
     )
-    whole = record(version, "dpo")
-    resumed = interrupted(work, tmp_path / "jobs" / whole.job, signal.SIGKILL)
-    assert resumed.record.adapter_hash == whole.adapter_hash
+    folder = faulty.place(work)
+    assert faulty.run(folder, functools.partial(faulty.kill_at_step, 4)) == faulty.KILLED
+    assert faulty.run(folder) == 0
+    resumed = TrainingRecord.model_validate_json((folder / jobs.RESULT).read_text(encoding="utf-8"))
+    assert resumed.resumed_at != []
+    assert resumed.adapter_hash == record(version, "dpo").adapter_hash
 
 
 def test_weights_that_are_quantised_do_not_train(tmp_path: Path, tiny_model: Path) -> None:

@@ -171,7 +171,7 @@ def in_every_step(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> I
         yield
 
 
-@pytest.mark.faults
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -191,7 +191,7 @@ def test_a_failure_of_one_process_ends_the_others(
     assert time.monotonic() - start < 120
 
 
-@pytest.mark.faults
+@pytest.mark.whole
 def test_an_interrupted_job_of_two_processes_goes_on_to_the_same_losses(
     run: Run, sft: dict[int, Trained], dpo: dict[int, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
