@@ -20,12 +20,13 @@ from conftest import preference_rows, tiny_parameters, write_jsonl
 from test_processes import in_every_step
 from test_training import COMET
 
-from preference_tuning import errors, events, failures, fingerprint, jobs, machine_memory, starter, stopping
+from preference_tuning import errors, events, failures, fingerprint, jobs
 from preference_tuning.config import RunConfig, TrainingConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError, InterruptedJobError, PreferenceTuningError
+from preference_tuning.jobs import machine_memory, starter, stopping
 from preference_tuning.models.source import locate
 from preference_tuning.tracking.spool import read
 from preference_tuning.training import checkpoints, job

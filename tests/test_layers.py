@@ -22,17 +22,18 @@ OWNERS = {
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.
-GROUND = {"errors", "events", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
+GROUND = {"errors", "events", "failures", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
 ROOMS = {
     "errors": set(),
     "interruption": set(),
     "events": set(),
+    "failures": {"errors"},
     "fingerprint": set(),
     "progress": set(),
     "reports": set(),
     "config": {"errors"},
-    "hub": {"errors"},
-    "jobs": {"errors", "fingerprint"},
+    "hub": {"errors", "failures"},
+    "jobs": {"errors", "events", "failures", "fingerprint"},
     "models": GROUND,
     "data": GROUND | {"models"},
     "tracking": GROUND,

@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from preference_tuning import stopping
 from preference_tuning.config import StageConfig
 from preference_tuning.errors import DivergedError, InterruptedJobError
+from preference_tuning.jobs import stopping
 from preference_tuning.models import weights
 from preference_tuning.progress import bar
 from preference_tuning.tracking.comet import Comet

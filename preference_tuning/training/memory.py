@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from preference_tuning import machine_memory
+from preference_tuning.jobs import machine_memory
 
 Work = Literal["reference", "training", "evaluation"]
 

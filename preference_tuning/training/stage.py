@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from preference_tuning import events, fingerprint, jobs, stopping
+from preference_tuning import events, fingerprint, jobs
 from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError, PreferenceTuningError
+from preference_tuning.jobs import stopping
 from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, stored, weights
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read

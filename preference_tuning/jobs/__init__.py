@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
-from preference_tuning import events, failures, fingerprint, machine_memory, starter, stopping
+from preference_tuning import events, failures, fingerprint
 from preference_tuning.errors import ConfigError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.failures import Failure
+from preference_tuning.jobs import machine_memory, starter, stopping
 
 JOB, RESULT, ERROR, LOG, LOCK = "job.json", "result.json", "error.json", "job.log", ".lock"
 
