@@ -21,8 +21,6 @@ class TokenRows:
     rows: datasets.Dataset
     dropped: int
     cut: int
-    key: str
-    """Of the rows' content, the tokenizer with its template, and the room."""
 
 
 def tokenise(table: Path, tokenizer: chat.Tokenizer, room: chat.Room, folder: Path, answers: int) -> TokenRows:
@@ -61,7 +59,7 @@ def tokenise(table: Path, tokenizer: chat.Tokenizer, room: chat.Room, folder: Pa
         raise DataError(
             f"no row of {table.name} leaves room for an answer within {room.max_length} tokens; raise the limit"
         )
-    return TokenRows(rows, dropped=len(pairs) - len(rows), cut=pc.sum(rows.data.column("cut")).as_py(), key=key)
+    return TokenRows(rows, dropped=len(pairs) - len(rows), cut=pc.sum(rows.data.column("cut")).as_py())
 
 
 def in_order(table: Path) -> datasets.Dataset:

@@ -9,9 +9,11 @@ from typing import Any
 
 import datasets
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from preference_tuning.errors import DivergedError
-from preference_tuning.models import scoring, stored
+from preference_tuning.models import scoring
 from preference_tuning.progress import bar
 from preference_tuning.training import memory, processes, sharing
 
@@ -34,7 +36,7 @@ def add_reference(
     the untrained policy gave. Rows outside ``only`` (training of less than an epoch never reaches them) get NaN, which
     would stop training if it did.
     """
-    values = stored.read(path, key)
+    values = _read(path, key)
     if values is None:
         model.eval()
         wanted = sorted(range(len(rows)) if only is None else only)
@@ -48,9 +50,25 @@ def add_reference(
                 progress.update(len(numbers))
         values = processes.total(values)
         if processes.rank() == 0:
-            stored.write(path, key, values)
+            _write(path, key, values)
     rows = rows.add_column("ref_chosen_logps", values[:, 0].tolist())
     return rows.add_column("ref_rejected_logps", values[:, 1].tolist())
+
+
+def _read(path: Path, key: str) -> torch.Tensor | None:
+    """Return the log-probabilities [rows, 2] of chosen and rejected, or None where there are none under this key."""
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as kept:
+        values: torch.Tensor = kept.get_tensor("logps")
+        return values if (kept.metadata() or {}).get("key") == key else None
+
+
+def _write(path: Path, key: str, logps: torch.Tensor) -> None:
+    """Write log-probabilities aside and put them in place in one step."""
+    aside = path.with_name(f".{path.name}")
+    save_file({"logps": logps}, aside, metadata={"key": key})
+    aside.replace(path)
 
 
 def _held(pairs: Sequence[Any]) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from typing import Any
 from preference_tuning import events, fingerprint, jobs
 from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.jobs import stopping
-from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, stored, weights
+from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, weights
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read
 from preference_tuning.training import arguments, callbacks, checkpoints, disk, processes, reference, report, trainers
@@ -39,7 +39,6 @@ class Stage:
         self.base = loading.load_base(job.base_model, job.source, job.output_dir, chosen, full=full, tuned=job.adapter)
         self.engine, self.engine_reason = "", ""
         self.reference: ReferenceProof | None = None
-        self.row_keys: dict[str, str] = {}
         self.identity = job.identity()
         self.checkpoints = folder / checkpoints.FOLDER
         self.checkpoint_size = 0
@@ -171,9 +170,7 @@ class Stage:
     def _rows(self, split: str, answers: int) -> Any:
         table = self.job.data / f"{split}.arrow"
         with processes.first_then_others():
-            made = rows.tokenise(table, self.base.tokenizer, self.job.room, self.job.output_dir / "tokens", answers)
-        self.row_keys[split] = made.key
-        return made
+            return rows.tokenise(table, self.base.tokenizer, self.job.room, self.job.output_dir / "tokens", answers)
 
     def _trainer(self, model: Any, train: Any, held_out: Any) -> Any:
         how: dict[str, Any] = {
@@ -225,20 +222,18 @@ class Stage:
         key = fingerprint.of_value([self.identity, self._template(), str(self.base.dtype), shared])
         size = scoring.rows_at_once(self.job.settings.per_device_eval_batch_size, self.job.parts)
         common = {"model": model, "batch_size": size, **self._how(shared)}
-        path = self.folder / "reference-train.safetensors"
-        train = reference.add_reference(train, path, key, title="reference", only=visited, **common)
-        # What the SFT policy gives the held-out pairs is what the evaluation asks of it again.
-        key, path = self._held_out_reference(shared, size)
-        return train, reference.add_reference(held_out, path, key, title="reference, held out", **common)
-
-    def _held_out_reference(self, shared: bool, size: int) -> tuple[str, Path]:
-        """Return the key of the reference on the held-out pairs, and its file."""
-        job = self.job
-        rows_of, weights_of = self.row_keys.get("held_out", ""), job.adapter_hash or ""
-        key = stored.key_of(rows_of, weights_of, job.source.fingerprint, self.base.dtype, shared, size)
-        if job.processes > 1 or not rows_of:  # in shares, batches are others
-            return key, self.folder / "reference-held_out.safetensors"
-        return key, stored.place(job.output_dir, key)
+        rows_of = {
+            split: reference.add_reference(
+                rows,
+                self.folder / f"reference-{split}.safetensors",
+                key,
+                title=f"reference, {split}",
+                only=only,
+                **common,
+            )
+            for split, rows, only in (("train", train, visited), ("held_out", held_out, None))
+        }
+        return rows_of["train"], rows_of["held_out"]
 
     def _how(self, shared: bool) -> dict[str, Any]:
         return {
