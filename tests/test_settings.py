@@ -241,7 +241,7 @@ def test_checkpoints_are_written_by_time_too(
 
     run = workplace.config()
     run = run.model_copy(update={"training": run.training.model_copy(update={"save_every_minutes": minutes})})
-    stop, state = callbacks.Stop(workplace.job(run, "sft").save_every_minutes), TrainerState(max_steps=10)
+    stop, state = callbacks.Stop("sft", workplace.job(run, "sft").save_every_minutes), TrainerState(max_steps=10)
     state.is_world_process_zero = True
     now, found = 0.0, []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
