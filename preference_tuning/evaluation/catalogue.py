@@ -43,8 +43,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "generation/rep_4": "share of repeated 4-grams",
         "generation/longest_loop": "longest loop, tokens",
         "generation/template_leak": "share with marks of the chat template",
-        "generation/distinct_1": "distinct words of all (distinct-1)",
-        "generation/distinct_2": "distinct pairs of words of all (distinct-2)",
+        "generation/distinct_1": "distinct tokens over all (distinct-1)",
+        "generation/distinct_2": "distinct pairs of tokens over all (distinct-2)",
     },
     "General text": {
         "general/nll": "loss, nats a token",
@@ -122,8 +122,8 @@ def told(name: str, figure: Figure) -> tuple[str, str]:
         return f"{figure.value:,.0f}", ""
     exact = figure.low == figure.high or math.isnan(figure.low)
     largest = abs(figure.value) if exact else max(abs(figure.low), abs(figure.high))
-    # Four figures before an interval of others get unreadable, and wide.
-    places = 3 if largest < 10 else 2 if largest < 100 else 1
+    # Four digits tell as much of a perplexity as of an accuracy.
+    places = 3 - sum(largest >= limit for limit in (10, 100, 1000))
     return f"{figure.value:.{places}f}", "" if exact else f"[{figure.low:.{places}f}, {figure.high:.{places}f}]"
 
 

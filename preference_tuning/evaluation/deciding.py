@@ -17,7 +17,7 @@ from preference_tuning.evaluation import gate, general, generation, judge, metri
 from preference_tuning.evaluation.gate import Kind, Rule, Verdict
 from preference_tuning.evaluation.generation import Answer
 from preference_tuning.evaluation.judge import Calibration, Judged
-from preference_tuning.evaluation.metrics import CHAMPION, Figures
+from preference_tuning.evaluation.metrics import BASE, CHAMPION, Figures
 from preference_tuning.evaluation.statistics import Figure
 
 SCORES, ANSWERS, GENERAL, JUDGED, TASKS = (
@@ -173,8 +173,9 @@ def _of_answers(answers: list[Answer], model: str, terms: Terms, seed: int) -> F
     if not own:
         return {}
     columns = generation.values(own)
-    for other, suffix in ((terms.references.get(model), "change"), (CHAMPION, "vs_champion")):
-        if other != model and (theirs := _in_order(answers, other)):
+    others = {"change": terms.references.get(model), "vs_champion": None if model in (BASE, CHAMPION) else CHAMPION}
+    for suffix, other in others.items():
+        if theirs := _in_order(answers, other):
             paired = generation.values(theirs)
             columns |= {f"{name}_{suffix}": columns[name] - paired[name] for name in paired}
     means = statistics.means(columns, np.array([str(answer.prompt) for answer in own]), seed)

@@ -28,13 +28,13 @@ class Compared(NamedTuple):
 COMPARED = {
     "rewards/accuracies": Compared("reward accuracy against the base", "share", "higher"),
     "likelihood/accuracy": Compared("accuracy of the likelihood", "share", "higher"),
-    "likelihood/accuracy_norm": Compared("accuracy of the likelihood a token", "share", "higher"),
+    "likelihood/accuracy_norm": Compared("accuracy of the likelihood, per token", "share", "higher"),
     "nll/chosen": Compared("loss on chosen answers", "nats a token", "lower"),
     "general/nll": Compared("loss on general text", "nats a token", "lower"),
     "generation/rep_4": Compared("repetition in answers", "share", "lower"),
-    "generation/empty": Compared("share of empty answers", "share", "lower"),
-    "generation/unfinished": Compared("share of unfinished answers", "share", "lower"),
-    "generation/template_leak": Compared("share of answers with marks of the template", "share", "lower"),
+    "generation/empty": Compared("empty answers", "share", "lower"),
+    "generation/unfinished": Compared("unfinished answers", "share", "lower"),
+    "generation/template_leak": Compared("answers with marks of the template", "share", "lower"),
     "generation/longest_loop": Compared("longest loop in answers", "tokens", "lower"),
     "generation/length": Compared("length of answers", "tokens", "neither"),
 }
@@ -63,6 +63,11 @@ class Difference:
         if self.compared.better == "neither" or not (higher or lower):
             return "unclear"
         return "better" if higher == (self.compared.better == "higher") else "worse"
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the two are equal on every prompt."""
+        return self.figure.low == self.figure.value == self.figure.high == 0
 
     @property
     def rose_in_answers(self) -> bool:
@@ -104,7 +109,8 @@ def _sentence(difference: Difference, models: Mapping[str, Figures], other: str)
     went = "rose" if figure.value > 0 else "fell"
     # The reward accuracies of a model are those against its own reference, not the ones that are compared here.
     if before and after and metric != "rewards/accuracies":
-        said = f"{words} {went} from {catalogue.told(metric, before)[0]} ({other}) to {catalogue.told(metric, after)[0]}: by "
+        was, became = (catalogue.told(metric, value)[0] for value in (before, after))
+        said = f"{words} {went} from {was} ({other}) to {became}: by "
     else:
         said = f"{words} is {'higher' if figure.value > 0 else 'lower'} than that of {other}: by "
     said += catalogue.in_line(metric, figure) + ("" if unit == "share" else f" {unit}")

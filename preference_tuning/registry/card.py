@@ -79,7 +79,7 @@ def _figures(evaluation: Evaluation) -> list[str]:
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (["figure", *titles], *rows)]
     worse = [f"- {sentence}" for sentence in evaluation.worse] or ["- nothing"]
     return [
-        "Figures on the held-out pairs with their 95 % intervals; all of them are in `evaluation.json` of the evidence.",
+        "Figures on the held-out pairs with their 95 % intervals; the evidence has all of them in `evaluation.json`.",
         "",
         table[0],
         "|---|" + "---|" * len(titles),

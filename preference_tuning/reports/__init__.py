@@ -20,7 +20,7 @@ from preference_tuning.reports.markup import (
     paragraph,
     quotation,
     section,
-    subsection,
+    strong,
     table,
     text,
 )
@@ -48,7 +48,7 @@ __all__ = [
     "quotation",
     "scatter",
     "section",
-    "subsection",
+    "strong",
     "table",
     "text",
 ]

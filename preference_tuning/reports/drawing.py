@@ -132,7 +132,7 @@ def forest(title: str, intervals: Sequence[Interval], x_label: str) -> Html:
     ends = [0.0, *(end for i in drawn for end in (i.low, i.high))]
     ticks = _ticks(min(ends), max(ends))
     low, high = min(ticks[0], *ends), max(ticks[-1], *ends)
-    row, left, right, width = 24.0, 310.0, 640.0, 860.0
+    row, left, right, width = 24.0, 345.0, 660.0, 880.0
     bottom = row * len(intervals) + 4
 
     def x(value: float) -> float:

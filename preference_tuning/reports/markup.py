@@ -30,9 +30,10 @@ mark.cut{color:#9aa5b1;text-decoration:line-through}mark.special{font-weight:700
 .badge{display:inline-block;white-space:nowrap;border-radius:999px;padding:2px 12px;font-weight:600;color:#fff;background:#5f6b7a}
 .promote,.passed{background:#2e8b57}.hold,.failed{background:#b0413e}
 .inconclusive,.undecided,.warning{background:#b7791f}.skipped{background:#9aa5b1}
-h3{font-size:14px;margin:18px 0 2px}.muted{color:#9aa5b1}small{color:#5f6b7a;font-size:12px;font-weight:400}
+.muted{color:#9aa5b1}small{color:#5f6b7a;font-size:12px;font-weight:400}
 li{margin:3px 0}details{margin:6px 0}summary{cursor:pointer;color:#2f6fde;font-size:13px}
 .beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:10px}
+article{margin:0 0 18px;padding:8px 0 0;border-top:1px solid #e3e8ee}
 .words{white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.45 ui-monospace,'DejaVu Sans Mono',monospace}
 """
@@ -71,11 +72,6 @@ def paragraph(words: str) -> Html:
     return Html(f"<p>{text(words)}</p>")
 
 
-def subsection(title: str, *parts: Html | str) -> Html:
-    """Return a smaller heading with what belongs to it."""
-    return Html(f"<h3>{text(title)}</h3>{''.join(text(part) for part in parts)}")
-
-
 def listing(items: Iterable[object]) -> Html:
     """Return a list with a point for each item."""
     return Html(f"<ul>{''.join(f'<li>{text(item)}</li>' for item in items)}</ul>")
@@ -84,6 +80,11 @@ def listing(items: Iterable[object]) -> Html:
 def muted(value: object) -> Html:
     """Return a value in grey."""
     return Html(f"<span class='muted'>{text(value)}</span>")
+
+
+def strong(value: object) -> Html:
+    """Return a value in bold."""
+    return Html(f"<b>{text(value)}</b>")
 
 
 def noted(value: object, note: object) -> Html:

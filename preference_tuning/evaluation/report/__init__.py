@@ -87,7 +87,5 @@ def _bound(evaluation: Evaluation) -> reports.Html:
             "is registered, python run.py evaluate --verify VERSION forms the verdict again from the stored scores, "
             "and says whether anything differs."
         ),
-        reports.folded(
-            f"{len(standing)} entries, seal {evaluation.seal[:16]}", reports.table(["of", "value"], standing.items())
-        ),
+        reports.folded(entries, reports.table(["of", "value"], standing.items())),
     )

@@ -21,15 +21,17 @@ def titles(evaluation: Evaluation) -> list[str]:
 
 def side_by_side(evaluation: Evaluation) -> reports.Html:
     """Return every figure of every model, under its heading."""
-    tables = [
-        reports.subsection(title, _table(evaluation, group))
-        for title, group in catalogue.groups(evaluation.models).items()
-    ]
+    shown = titles(evaluation)
+    rows: list[Sequence[object]] = []
+    for title, group in catalogue.groups(evaluation.models).items():
+        rows += [[reports.strong(title), *map(reports.muted, shown)], *_rows(evaluation, group)]
     words = (
         "Each figure with its 95 % interval, on the same held-out pairs; ties count as half. Rewards are those of a "
         f"model against its reference, with beta {evaluation.terms.beta:g} for DPO and 1 for other models."
     )
-    return reports.section("Models side by side", reports.paragraph(words), *tables)
+    return reports.section(
+        "Models side by side", reports.paragraph(words), reports.table(["", *shown], rows, numeric=True)
+    )
 
 
 def of_judge(evaluation: Evaluation) -> reports.Html:
@@ -45,14 +47,22 @@ def of_judge(evaluation: Evaluation) -> reports.Html:
 
 
 def paired_differences(evaluation: Evaluation) -> reports.Html:
-    """Return every paired difference that was measured, as forest plots."""
+    """Return the paired differences that were measured, as forest plots; those of models before it folded in."""
     found = list(differences.between(evaluation.models, evaluation.terms.references))
-    plots = [_forest([d for d in found if d.compared.unit == unit], unit) for unit in PANELS]
+    own = [difference for difference in found if difference.model == evaluation.terms.candidate]
+    others = [difference for difference in found if difference.model != evaluation.terms.candidate]
     words = (
         "A model less another on the same prompts, with 95 % intervals; p is that of McNemar's test. Green is better "
-        "and red is worse with the whole interval; grey may be chance, or is neither."
+        "and red is worse with the whole interval; grey may be chance, or is neither. What is the same on every prompt "
+        "is left out."
     )
-    return reports.section("Paired differences", reports.paragraph(words), *plots)
+    folded = [reports.folded("other models", *_forests(others))] if others else []
+    return reports.section("Paired differences", reports.paragraph(words), *_forests(own), *folded)
+
+
+def _forests(found: Sequence[Difference]) -> list[reports.Html]:
+    by_unit = {unit: [d for d in found if d.compared.unit == unit and not d.nothing] for unit in PANELS}
+    return [_forest(differing, unit) for unit, differing in by_unit.items() if differing]
 
 
 def _forest(found: Sequence[Difference], unit: Unit) -> reports.Html:
@@ -67,15 +77,14 @@ def _forest(found: Sequence[Difference], unit: Unit) -> reports.Html:
         )
         for d in found
     ]
-    return reports.forest(PANELS[unit], intervals, unit) if intervals else reports.Html("")
+    return reports.forest(PANELS[unit], intervals, unit)
 
 
-def _table(evaluation: Evaluation, group: Mapping[str, str]) -> reports.Html:
-    rows = [
+def _rows(evaluation: Evaluation, group: Mapping[str, str]) -> list[Sequence[object]]:
+    return [
         [reports.noted(words, name), *(_cell(name, figures.get(name)) for figures in evaluation.models.values())]
         for name, words in group.items()
     ]
-    return reports.table(["", *titles(evaluation)], rows, numeric=True)
 
 
 def _cell(name: str, figure: Figure | None) -> reports.Html:
