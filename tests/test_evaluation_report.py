@@ -36,7 +36,7 @@ def fewer_resamples() -> Iterator[None]:
 
 
 def scored(names: tuple[str, ...]) -> dict[str, Any]:
-    """Scores of models each of which is further from the base than the one before."""
+    """Scores of models each of which is further from the base than the one before; columns by name, as they are stored."""
     rng = np.random.default_rng(3)
     found: dict[str, Any] = {
         "content": np.arange(PAIRS).astype(str), "prompt": np.arange(PAIRS).astype(str),
@@ -49,7 +49,7 @@ def scored(names: tuple[str, ...]) -> dict[str, Any]:
         found[f"{name}/chosen"] = found["base/chosen"] + far * rng.normal(1, 2, PAIRS)
         found[f"{name}/rejected"] = found["base/rejected"] - far * rng.normal(1, 2, PAIRS)
         found |= {f"{name}/{side}_kl": far * rng.gamma(2, 1, PAIRS) for side in ("chosen", "rejected")}
-    return found
+    return dict(sorted(found.items()))
 
 
 def answered(names: tuple[str, ...], text: str, count: int = 8) -> list[Answer]:

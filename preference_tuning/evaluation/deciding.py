@@ -95,7 +95,9 @@ def decide(measured: Measured, terms: Terms) -> tuple[dict[str, Figures], Verdic
     """Return the figures of every model, and the verdict on the candidate."""
     seed = terms.config.seed
     table = {name: column for name, column in measured.scores.items() if name not in ("content", UNSEEN)}
-    figures = metrics.figures(table, terms.references, terms.beta, seed)
+    by_model = metrics.figures(table, terms.references, terms.beta, seed)
+    # The table has its columns by name; readers want the models in the order in which one came of the other.
+    figures = {model: by_model[model] for model in (BASE, *terms.references) if model in by_model}
     for model in figures:
         figures[model] |= _of_answers(measured.answers, model, terms, seed)
         if measured.general is not None:

@@ -65,7 +65,7 @@ def _sample(evaluation: Evaluation) -> list[str]:
         return []
     sample = evaluation.samples[0]
     said = {"asked": sample.prompt, **sample.answers}
-    return [*(f"{name:{INDENT}}{_cut(text)}".rstrip() for name, text in said.items()), ""]
+    return [*(f"{name:{INDENT}}{_cut(text) or '(nothing)'}" for name, text in said.items()), ""]
 
 
 def _cut(text: str) -> str:

@@ -119,7 +119,9 @@ def scatter(title: str, groups: Mapping[str, Series], x_label: str) -> Html:
         return Html("")
     xs, ys = ([point[axis] for point in points] for axis in (0, 1))
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-    plot = _Plot((min(xs), max(xs)), (min(y_ticks[0], *ys), max(y_ticks[-1], *ys)))
+    plot = _Plot(
+        *((min(ticks[0], *values), max(ticks[-1], *values)) for ticks, values in ((x_ticks, xs), (y_ticks, ys)))
+    )
     parts = [plot.grid(x_ticks, y_ticks, x_label)]
     for colour, group in zip(_colours(), shown.values(), strict=False):
         parts += [f"<circle cx='{plot.x(x)}' cy='{plot.y(y)}' r='2.4' fill='{colour}' opacity='.5'/>" for x, y in group]
