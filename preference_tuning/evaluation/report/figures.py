@@ -21,7 +21,7 @@ def titles(evaluation: Evaluation) -> list[str]:
 
 def side_by_side(evaluation: Evaluation) -> reports.Html:
     """Return every figure of every model, under its heading."""
-    shown = titles(evaluation)
+    shown = list(evaluation.models)
     rows: list[Sequence[object]] = []
     for title, group in catalogue.groups(evaluation.models).items():
         rows += [[reports.strong(title), *map(reports.muted, shown)], *_rows(evaluation, group)]
