@@ -50,7 +50,8 @@ def register(
     result.track(outcome, registered)
     log_metadata(registered.metadata())
     if get_step_context().pipeline_run.config.model:
-        log_metadata(metadata=registered.metadata(), infer_model=True)
+        measured = job.load_summary(registered.evaluation).metadata()
+        log_metadata(metadata={**measured, **registered.metadata()}, infer_model=True)
         if registered.promoted:
             get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
     print(summary.render(outcome, registered))

@@ -33,11 +33,16 @@ def test_text_from_outside_stays_text(attack: str) -> None:
             reports.line_chart(attack, {attack: [(0, 1), (1, 2)], "b": [(0, 1)]}, attack),
             reports.histogram(attack, {attack: [1.0, 2.0], "b": [3.0]}, attack),
             reports.bars(attack, {attack: 1.0}),
+            reports.scatter(attack, {attack: [(0, 1)], "b": [(1, 2)]}, attack),
+            reports.forest(attack, [reports.Interval(attack, -1, 0, 1, attack, "good")], attack),
         ),
+        reports.listing([attack]),
+        reports.beside(reports.quotation(attack, attack), reports.quotation("long", attack * 99)),
+        reports.folded(attack, reports.muted(attack), reports.strong(attack), reports.noted(attack, attack)),
     )
     for tag in ("<script", "<img", "<iframe", "<a ", "onload=alert(1)>", "onerror=alert(1)>"):
         assert tag not in html
-    assert html.count("<svg ") == 3
+    assert html.count("<svg ") == 5
 
 
 def test_charts_are_well_formed_and_draw_what_they_are_given() -> None:
@@ -64,3 +69,32 @@ def test_a_histogram_counts_every_value_once() -> None:
     bars = [float(bar.get("height", "0")) for bar in ElementTree.fromstring(drawn).iter("rect")]
     assert [round(height / max(bars), 2) for height in bars] == [1.0, 0.5, *[0.0] * 17, 1.0]
     assert ">limit</text>" in reports.histogram("x", {"a": [1.0]}, "x", marks={"limit": 9.0})
+
+
+def test_a_forest_has_each_interval_where_it_belongs() -> None:
+    """Left and right of the line at 0, in the order given; what is no number is told and not drawn."""
+    rows = [
+        ("below", -2.0, -1.5, -1.0),
+        ("around", -0.5, 0.0, 0.5),
+        ("above", 1.0, 2.0, 4.0),
+        ("odd", math.nan, math.nan, 1),
+    ]
+    drawn = reports.forest("x", [reports.Interval(*row, f"told {row[0]}", "unclear") for row in rows], "nats")
+    tree = ElementTree.fromstring(drawn)
+    lines = [line for line in tree.iter("line") if "stroke-width" in line.attrib]
+    ends = [(float(line.attrib["x1"]), float(line.attrib["x2"])) for line in lines]
+    zero = next(float(line.attrib["x1"]) for line in tree.iter("line") if line.attrib["stroke"] == "#9aa5b1")
+    points = [float(circle.attrib["cx"]) for circle in tree.iter("circle")]
+    assert len(ends) == len(points) == 3
+    assert ends[0][1] < zero < ends[2][0]
+    assert points[1] == pytest.approx(zero)
+    assert all(low <= point <= high for (low, high), point in zip(ends, points, strict=True))
+    assert (ends[2][1] - ends[2][0]) == pytest.approx(3 * (ends[0][1] - ends[0][0]), abs=0.5)
+    assert all(f"told {row[0]}" in drawn for row in rows)
+
+
+def test_a_scatter_leaves_out_what_is_no_number() -> None:
+    drawn = reports.scatter("x", {"a": [(0, 0), (1, math.nan), (2, 4)]}, "x")
+    assert len(list(ElementTree.fromstring(drawn).iter("circle"))) == 2
+    assert reports.scatter("x", {"a": [(0, math.nan)]}, "x") == ""
+    assert reports.histogram("x", {"a": [math.nan]}, "x") == ""

@@ -17,7 +17,7 @@ from preference_tuning.evaluation import gate, general, generation, judge, metri
 from preference_tuning.evaluation.gate import Kind, Rule, Verdict
 from preference_tuning.evaluation.generation import Answer
 from preference_tuning.evaluation.judge import Calibration, Judged
-from preference_tuning.evaluation.metrics import Figures
+from preference_tuning.evaluation.metrics import BASE, CHAMPION, Figures
 from preference_tuning.evaluation.statistics import Figure
 
 SCORES, ANSWERS, GENERAL, JUDGED, TASKS = (
@@ -49,6 +49,11 @@ class Terms(BaseModel):
     beta: float
     config: EvaluationConfig
     champion: Reigning | None
+
+    @property
+    def reigning(self) -> str | None:
+        """The version of the champion, if there is one."""
+        return self.champion.version if self.champion else None
 
 
 class Judgement(BaseModel):
@@ -90,9 +95,11 @@ def decide(measured: Measured, terms: Terms) -> tuple[dict[str, Figures], Verdic
     """Return the figures of every model, and the verdict on the candidate."""
     seed = terms.config.seed
     table = {name: column for name, column in measured.scores.items() if name not in ("content", UNSEEN)}
-    figures = metrics.figures(table, terms.references, terms.beta, seed)
+    by_model = metrics.figures(table, terms.references, terms.beta, seed)
+    # The table has its columns by name; readers want the models in the order in which one came of the other.
+    figures = {model: by_model[model] for model in (BASE, *terms.references) if model in by_model}
     for model in figures:
-        figures[model] |= _of_answers([answer for answer in measured.answers if answer.model == model], seed)
+        figures[model] |= _of_answers(measured.answers, model, terms, seed)
         if measured.general is not None:
             figures[model] |= general.figures(measured.general, model, terms.references.get(model), seed)
         figures[model] |= measured.tasks.get(model, {})
@@ -159,14 +166,27 @@ def _champion_rule(evidence: gate.Evidence, terms: Terms) -> Rule:
     return gate.against_champion(evidence, terms.config)
 
 
-def _of_answers(answers: list[Answer], seed: int) -> Figures:
-    """Return ``generation/*`` of a model: means over its answers, with intervals over the prompts."""
-    if not answers:
+def _of_answers(answers: list[Answer], model: str, terms: Terms, seed: int) -> Figures:
+    """Return ``generation/*`` of a model: means over its answers, and over their differences from others' answers.
+
+    Intervals are over the prompts.
+    """
+    own = _in_order(answers, model)
+    if not own:
         return {}
-    prompts = np.array([str(answer.prompt) for answer in answers])
-    means = statistics.means(generation.values(answers), prompts, seed)
-    distinct = {f"distinct_{n}": Figure.exact(generation.distinct(answers, n)) for n in (1, 2)}
+    columns = generation.values(own)
+    others = {"change": terms.references.get(model), "vs_champion": None if model in (BASE, CHAMPION) else CHAMPION}
+    for suffix, other in others.items():
+        if theirs := _in_order(answers, other):
+            paired = generation.values(theirs)
+            columns |= {f"{name}_{suffix}": columns[name] - paired[name] for name in paired}
+    means = statistics.means(columns, np.array([str(answer.prompt) for answer in own]), seed)
+    distinct = {f"distinct_{n}": Figure.exact(generation.distinct(own, n)) for n in (1, 2)}
     return {f"generation/{name}": figure for name, figure in {**means, **distinct}.items()}
+
+
+def _in_order(answers: list[Answer], model: str | None) -> list[Answer]:
+    return sorted((a for a in answers if a.model == model), key=lambda answer: (answer.prompt, answer.kind))
 
 
 def _of_judge(judgement: Judgement, seed: int) -> Figures:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
-from preference_tuning.evaluation import statistics
+from preference_tuning.evaluation import catalogue, statistics
 from preference_tuning.evaluation.deciding import Reigning, Terms
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.evaluation.metrics import BASE, CHAMPION
@@ -126,6 +126,8 @@ class Sample(BaseModel):
     prompt: str
     chosen: str
     answers: dict[str, str]
+    """Greedy."""
+    sampled: dict[str, str]
 
 
 class Evaluation(BaseModel):
@@ -140,6 +142,8 @@ class Evaluation(BaseModel):
     """Of the tuned weights that were scored, by stage."""
     terms: Terms
     models: dict[str, dict[str, statistics.Figure]]
+    worse: list[str]
+    """What got worse in the candidate, a sentence each."""
     samples: list[Sample]
     verdict: Verdict
     notes: list[str] = []
@@ -153,13 +157,21 @@ class Evaluation(BaseModel):
     @property
     def champion(self) -> str | None:
         """The version that the candidate was compared with."""
-        return self.terms.champion.version if self.terms.champion else None
+        return self.terms.reigning
 
     def metadata(self) -> dict[str, Any]:
-        """Return what the dashboard shows of it."""
-        values = {f"{model}/{name}": f.value for model, figures in self.models.items() for name, f in figures.items()}
-        decided = {"decision": self.verdict.decision, "reason": self.verdict.reason}
-        return {**values, **decided, "pairs": self.pairs, "dropped": self.dropped, "seconds": self.seconds}
+        """Return what the dashboard shows of it: the main figures, each with the ends of its interval."""
+        shown = catalogue.main(self.models)
+        values = {
+            f"{model}/{key}": value
+            for model, figures in self.models.items()
+            for name in shown
+            if name in figures
+            for key, value in catalogue.numbers(name, figures[name])
+        }
+        decided = {"decision": self.verdict.decision, "reason": self.verdict.reason, "seal": self.seal}
+        counted = {"champion": self.champion or "none", "pairs": self.pairs, "dropped": self.dropped}
+        return {**decided, "worse": self.worse, **counted, "seconds": self.seconds, **values}
 
 
 class Evaluated(BaseModel):

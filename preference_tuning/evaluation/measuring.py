@@ -17,7 +17,7 @@ from preference_tuning import jobs
 from preference_tuning.config import JudgeConfig
 from preference_tuning.data.table import SPLIT
 from preference_tuning.errors import DataError
-from preference_tuning.evaluation import deciding, general, generation, harness, judge, report, scores
+from preference_tuning.evaluation import deciding, differences, general, generation, harness, judge, report, scores
 from preference_tuning.evaluation import job as jobs_of_evaluation
 from preference_tuning.evaluation.deciding import Judgement, Measured
 from preference_tuning.evaluation.generation import Answer
@@ -70,6 +70,7 @@ class Measuring:
             adapter_hashes=job.adapter_hashes,
             terms=job.terms,
             models=figures,
+            worse=differences.worse(figures, job.terms),
             samples=self._samples(measured.answers),
             verdict=verdict,
             notes=[judgement.calibration.reason] if judgement else [],
@@ -214,14 +215,15 @@ class Measuring:
         jobs.write_text(self.evidence / deciding.TASKS, json.dumps(told, indent=2) + "\n")
 
     def _samples(self, answers: list[Answer]) -> list[Sample]:
-        """Return the greedy answers side by side, as many as the config asks to show."""
-        given = {(answer.model, answer.prompt): answer.text for answer in answers if answer.kind == "greedy"}
+        """Return the answers side by side, as many as the config asks to show."""
+        given = {(answer.kind, answer.model, answer.prompt): answer.text for answer in answers}
         shown = judge.spread(list(enumerate(self._asked)), self.job.config.samples) if self.job.config.samples else []
         return [
             Sample(
                 prompt=pair["prompt"][-1]["content"],
                 chosen=pair["chosen"][-1]["content"],
-                answers={name: given[name, number] for name in self.names},
+                answers={name: given["greedy", name, number] for name in self.names},
+                sampled={name: given["sampled", name, number] for name in self.names},
             )
             for number, pair in shown
         ]

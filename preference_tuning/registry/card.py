@@ -4,6 +4,7 @@ import yaml
 
 from preference_tuning.config import BaseModelConfig
 from preference_tuning.data.table import Manifest
+from preference_tuning.evaluation import catalogue
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.evaluation.job import Evaluation
 from preference_tuning.training.job import TrainingRecord
@@ -69,13 +70,25 @@ def _usage(base_model: BaseModelConfig, adapter: bool) -> list[str]:
 
 
 def _figures(evaluation: Evaluation) -> list[str]:
-    names = list(dict.fromkeys(name for figures in evaluation.models.values() for name in figures))
-    header = ["| figure | " + " | ".join(evaluation.models) + " |", "|---|" + "---|" * len(evaluation.models)]
+    """Return the main figures of every model, and what got worse."""
+    titles = [catalogue.title(model, evaluation.champion) for model in evaluation.models]
     rows = [
-        f"| {name} | " + " | ".join(str(f[name]) if name in f else "" for f in evaluation.models.values()) + " |"
-        for name in names
+        [f"{words} (`{name}`)", *(catalogue.in_line(name, f.get(name)) for f in evaluation.models.values())]
+        for name, words in catalogue.main(evaluation.models).items()
     ]
-    return ["Every figure with its 95 % interval.", "", *header, *rows]
+    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (["figure", *titles], *rows)]
+    worse = [f"- {sentence}" for sentence in evaluation.worse] or ["- nothing"]
+    return [
+        "Figures on the held-out pairs with their 95 % intervals; the evidence has all of them in `evaluation.json`.",
+        "",
+        table[0],
+        "|---|" + "---|" * len(titles),
+        *table[1:],
+        "",
+        f"What got worse in `{evaluation.terms.candidate}`:",
+        "",
+        *worse,
+    ]
 
 
 def _provenance(records: dict[str, TrainingRecord], manifest: Manifest, evaluation: Evaluation) -> list[str]:
@@ -83,6 +96,7 @@ def _provenance(records: dict[str, TrainingRecord], manifest: Manifest, evaluati
         f"- data: `{manifest.source}`, fingerprint `{manifest.fingerprint}`",
         f"- base model: `{evaluation.base_model_fingerprint}`",
         f"- chat template: `{evaluation.template_hash}`",
+        f"- seal of the verdict, its figures and what they stand on: `{evaluation.seal}`",
     ]
     for stage, record in records.items():
         ran_on = f"{record.compute.dtype} on {record.compute.device}"

@@ -1,119 +1,29 @@
-"""HTML reports with inline SVG charts: no scripts, no external files, everything from data or models escaped.
-
-ZenML's dashboard shows HTML in a sandboxed frame without scripts, so a chart is drawn here or not at all.
-"""
+"""Charts as inline SVG: where no script runs, a chart is drawn here or not at all."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
-SHORT = 20
-"""Characters that a table never breaks."""
+from preference_tuning.reports.markup import Html, text
 
 Series = Sequence[tuple[float, float]]
+Tone = Literal["good", "bad", "unclear"]
+TONES: dict[Tone, str] = {"good": "#2e8b57", "bad": "#b0413e", "unclear": "#9aa5b1"}
+
+
+class Interval(NamedTuple):
+    """A line of a forest plot."""
+
+    name: str
+    low: float
+    value: float
+    high: float
+    shown: str
+    """The same in figures."""
+    tone: Tone
+
 
 COLOURS = ("#2f6fde", "#e07b39", "#3a9d5d", "#9b59b6", "#b0413e", "#5f6b7a")
-
-STYLE = """
-:root{color-scheme:light}*{box-sizing:border-box}
-body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;color:#1d2733;background:#fff;
-margin:0 auto;padding:24px;max-width:1080px}
-h1{font-size:24px;margin:0 0 4px}h2{font-size:17px;margin:32px 0 10px;border-bottom:1px solid #e3e8ee;padding-bottom:4px}
-.lead{color:#5f6b7a;margin:0 0 16px}
-table{border-collapse:collapse;width:100%;font-size:14px;margin:8px 0}
-th,td{text-align:left;padding:6px 10px;border-bottom:1px solid #e9edf2;vertical-align:top;overflow-wrap:anywhere}
-th{color:#5f6b7a;font-weight:600}td.s,th.s{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:12px 0}
-.fact{background:#f5f7fa;border-radius:8px;padding:10px 12px}.fact b{display:block;font-size:19px;overflow-wrap:anywhere}
-.fact span{color:#5f6b7a;font-size:13px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:18px}
-figure{margin:0}figcaption{font-weight:600;font-size:14px;margin-bottom:2px}svg{width:100%;height:auto;display:block}
-svg text{font:11px system-ui,'DejaVu Sans',sans-serif;fill:#5f6b7a}
-.key{font-size:12px;color:#5f6b7a}.key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 4px 0 10px}
-.row{margin:10px 0;padding:8px 12px;background:#f5f7fa;border-radius:8px}.row b{font-size:13px;color:#5f6b7a}
-mark{background:none;color:inherit}mark.prompt{color:#5f6b7a}mark.chosen{background:#d7efdf}mark.rejected{background:#fbe3d3}
-mark.cut{color:#9aa5b1;text-decoration:line-through}mark.special{font-weight:700;outline:1px solid #c7d0da;border-radius:3px}
-.badge{display:inline-block;white-space:nowrap;border-radius:999px;padding:2px 12px;font-weight:600;color:#fff;background:#5f6b7a}
-.promote{background:#2e8b57}.hold{background:#b0413e}.inconclusive,.warning{background:#b7791f}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.45 ui-monospace,'DejaVu Sans Mono',monospace}
-"""
-
-
-class Html(str):
-    """Markup made here; any other string is text and gets escaped."""
-
-    __slots__ = ()
-
-
-def text(value: object) -> str:
-    """Return a value as escaped text, or markup as it is."""
-    return value if isinstance(value, Html) else escape(str(value))
-
-
-def page(title: str, lead: str, *parts: Html) -> str:
-    """Return a whole document."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{text(title)}</h1><p class='lead'>{text(lead)}</p>{''.join(parts)}</body></html>\n"
-    )
-
-
-def section(title: str, *parts: Html | str) -> Html:
-    """Return a heading with what belongs to it."""
-    return Html(f"<h2>{text(title)}</h2>{''.join(text(part) for part in parts)}")
-
-
-def paragraph(words: str) -> Html:
-    """Return a paragraph of text."""
-    return Html(f"<p>{text(words)}</p>")
-
-
-def badge(word: str) -> Html:
-    """Return a coloured verdict."""
-    return Html(f"<span class='badge {text(word)}'>{text(word)}</span>")
-
-
-def facts(values: Mapping[str, object]) -> Html:
-    """Return a grid of figures with their names."""
-    cells = (f"<div class='fact'><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in values.items())
-    return Html(f"<div class='facts'>{''.join(cells)}</div>")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], numeric: bool = False) -> Html:
-    """Return a table; with ``numeric``, all columns but the first are aligned as numbers."""
-
-    def cell(tag: str, place: int, value: object) -> str:
-        shown = text(value)
-        kind = " class=n" if numeric and place else " class=s" if len(shown) <= SHORT else ""
-        return f"<{tag}{kind}>{shown}</{tag}>"
-
-    def cells(tag: str, row: Sequence[object]) -> str:
-        return "".join(cell(tag, place, value) for place, value in enumerate(row))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return Html(f"<table><thead><tr>{cells('th', header)}</tr></thead><tbody>{body}</tbody></table>")
-
-
-def charts(*figures: Html) -> Html:
-    """Return figures side by side."""
-    return Html(f"<div class='charts'>{''.join(figures)}</div>")
-
-
-def marked_text(title: str, pieces: Iterable[tuple[str, str]]) -> Html:
-    """Return text in pieces, each ``(text, classes of its style)``, under a title."""
-    marks = "".join(f"<mark class='{text(classes)}'>{text(piece)}</mark>" for piece, classes in pieces)
-    return Html(f"<div class='row'><b>{text(title)}</b><pre>{marks}</pre></div>")
-
-
-def key(meanings: Mapping[str, str]) -> Html:
-    """Return what the styles of marked text stand for."""
-    marks = " ".join(f"<mark class='{text(style)}'>{text(words)}</mark>" for style, words in meanings.items())
-    return Html(f"<p>{marks}</p>")
-
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420.0, 220.0, 50.0, 12.0, 10.0, 34.0
 
@@ -149,6 +59,7 @@ def histogram(
     marks: Mapping[str, float] | None = None,
 ) -> Html:
     """Return overlaid histograms of one or more groups of values; ``marks`` are named limits, drawn as dashed lines."""
+    groups = {name: [v for v in group if math.isfinite(v)] for name, group in groups.items()}
     values = [v for group in groups.values() for v in group]
     if not values:
         return Html("")
@@ -200,6 +111,55 @@ def bars(title: str, values: Mapping[str, float], form: str = "{:g}", top: float
     return _figure(title, "".join(parts), [], height=row * len(values) + 6)
 
 
+def scatter(title: str, groups: Mapping[str, Series], x_label: str) -> Html:
+    """Return a chart of points; those that are not finite are left out."""
+    shown = {name: [p for p in group if all(map(math.isfinite, p))] for name, group in groups.items()}
+    points = [point for group in shown.values() for point in group]
+    if not points:
+        return Html("")
+    xs, ys = ([point[axis] for point in points] for axis in (0, 1))
+    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
+    plot = _Plot(
+        *((min(ticks[0], *values), max(ticks[-1], *values)) for ticks, values in ((x_ticks, xs), (y_ticks, ys)))
+    )
+    parts = [plot.grid(x_ticks, y_ticks, x_label)]
+    for colour, group in zip(_colours(), shown.values(), strict=False):
+        parts += [f"<circle cx='{plot.x(x)}' cy='{plot.y(y)}' r='2.4' fill='{colour}' opacity='.5'/>" for x, y in group]
+    return _figure(title, "".join(parts), list(shown))
+
+
+def forest(title: str, intervals: Sequence[Interval], x_label: str) -> Html:
+    """Return intervals under each other around a line at 0; those that are not finite are told, not drawn."""
+    drawn = [i for i in intervals if all(map(math.isfinite, (i.low, i.value, i.high)))]
+    ends = [0.0, *(end for i in drawn for end in (i.low, i.high))]
+    ticks = _ticks(min(ends), max(ends))
+    low, high = min(ticks[0], *ends), max(ticks[-1], *ends)
+    row, left, right, width = 24.0, 345.0, 660.0, 880.0
+    bottom = row * len(intervals) + 4
+
+    def x(value: float) -> float:
+        return round(left + (value - low) / ((high - low) or 1.0) * (right - left), 1)
+
+    parts = [
+        f"<line x1='{x(t)}' x2='{x(t)}' y1='0' y2='{bottom}' stroke='{'#9aa5b1' if t == 0 else '#e9edf2'}'/>"
+        f"<text x='{x(t)}' y='{bottom + 13}' text-anchor='middle'>{_label(t)}</text>"
+        for t in sorted({0.0, *ticks})
+    ]
+    for number, interval in enumerate(intervals):
+        y, colour = number * row + row / 2, TONES[interval.tone]
+        parts.append(
+            f"<text x='{left - 14}' y='{y + 4}' text-anchor='end'>{text(interval.name)}</text>"
+            f"<text x='{right + 14}' y='{y + 4}'>{text(interval.shown)}</text>"
+        )
+        if interval in drawn:
+            parts.append(
+                f"<line x1='{x(interval.low)}' x2='{x(interval.high)}' y1='{y}' y2='{y}' stroke='{colour}' "
+                f"stroke-width='2.4'/><circle cx='{x(interval.value)}' cy='{y}' r='4.2' fill='{colour}'/>"
+            )
+    parts.append(f"<text x='{(left + right) / 2}' y='{bottom + 28}' text-anchor='middle'>{text(x_label)}</text>")
+    return _figure(title, "".join(parts), [], height=bottom + 34, width=width)
+
+
 class _Plot:
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
         self._x0, self._xr = xs[0], (xs[1] - xs[0]) or 1.0
@@ -225,11 +185,11 @@ class _Plot:
         return "".join(parts)
 
 
-def _figure(title: str, drawing: str, names: Sequence[str], height: float = HEIGHT) -> Html:
+def _figure(title: str, drawing: str, names: Sequence[str], height: float = HEIGHT, width: float = WIDTH) -> Html:
     key = "".join(f"<i style='background:{c}'></i>{text(n)}" for c, n in zip(_colours(), names, strict=False))
     return Html(
         f"<figure><figcaption>{text(title)}</figcaption><div class='key'>{key if len(names) > 1 else ''}</div>"
-        f"<svg viewBox='0 0 {WIDTH:g} {height:g}' role='img' aria-label='{text(title)}'>{drawing}</svg></figure>"
+        f"<svg viewBox='0 0 {width:g} {height:g}' role='img' aria-label='{text(title)}'>{drawing}</svg></figure>"
     )
 
 
