@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "what",
         nargs="?",
         metavar="MODEL_OR_VERSION",
-        help="`champion`, `previous`, a version's id or its beginning, or a folder with an adapter or a full model; the "
-        "base model and the champion are scored beside it",
+        help="`champion`, `previous`, a version's id or its beginning, or a folder with an adapter or a full model; "
+        "the base model and the champion are scored beside it",
     )
     verb.add_argument("--config", type=Path, metavar="CONFIG", help="a run config: base model, data, rules, registry")
     verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as data.held_out=0.1")

@@ -89,21 +89,23 @@ def find(what: str, config: RunConfig, registry: FolderRegistry) -> Candidate:
     """
     folder = Path(what).expanduser()
     if what in ("champion", "previous") or not folder.is_dir():
-        id = registry.find(what)
+        version = registry.find(what)
     elif problem := _no_model(folder):
         raise ConfigError(f"{folder}: {problem}")
     else:
-        id = registry.find(version_id(folder))
-        if id is None:
+        version = registry.find(version_id(folder))
+        if version is None:
             return Candidate(str(folder), folder.absolute(), config.finetuning_type, None)
-    if id is None:
+    if version is None:
         known = ", ".join(registry.ids()) or "none yet"
         raise ConfigError(f"{what!r} is no folder, and no version of {registry.name!r} in {registry.root} ({known})")
-    if problems := registry.verify(id):
-        raise PreferenceTuningError(f"registry: {id} of {registry.name!r} is not what was published: {problems[0]}")
-    version = registry.version(id)
-    title = f"version {id} of {version.name}"
-    return Candidate(title, registry.path(id) / "model", version.finetuning_type, version)
+    if problems := registry.verify(version):
+        raise PreferenceTuningError(
+            f"registry: {version} of {registry.name!r} is not what was published: {problems[0]}"
+        )
+    manifest = registry.version(version)
+    title = f"version {version} of {registry.name}"
+    return Candidate(title, registry.path(version) / "model", manifest.finetuning_type, manifest)
 
 
 def _no_model(folder: Path) -> str | None:

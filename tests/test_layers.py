@@ -22,7 +22,19 @@ OWNERS = {
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.
-GROUND = {"errors", "events", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
+GROUND = {
+    "errors",
+    "events",
+    "fingerprint",
+    "jobs",
+    "progress",
+    "reports",
+    "hub",
+    "config",
+    "failures",
+    "stopping",
+    "machine_memory",
+}
 ROOMS = {
     "errors": set(),
     "interruption": set(),
@@ -31,8 +43,12 @@ ROOMS = {
     "progress": set(),
     "reports": set(),
     "config": {"errors"},
-    "hub": {"errors"},
-    "jobs": {"errors", "fingerprint"},
+    "stopping": {"errors"},
+    "machine_memory": set(),
+    "failures": {"errors"},
+    "starter": {"errors"},
+    "hub": {"errors", "failures"},
+    "jobs": {"errors", "fingerprint", "events", "failures", "machine_memory", "starter", "stopping"},
     "models": GROUND,
     "data": GROUND | {"models"},
     "tracking": GROUND,

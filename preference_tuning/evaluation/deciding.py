@@ -120,11 +120,7 @@ def bound(folder: Path, terms: Terms, identity: dict[str, Any]) -> dict[str, str
         terms: of the verdict.
         identity: of the evaluation: data split, models, base model, code, by name.
     """
-    files = {
-        f"files/{name}": fingerprint.of_file(folder / name)
-        for name in FILES
-        if (folder / name).is_file()
-    }
+    files = {f"files/{name}": fingerprint.of_file(folder / name) for name in FILES if (folder / name).is_file()}
     named = {name: value if isinstance(value, str) else fingerprint.of_value(value) for name, value in identity.items()}
     return {**named, "terms": fingerprint.of_value(terms.model_dump(mode="json")), **files}
 

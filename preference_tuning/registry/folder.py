@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -44,7 +44,7 @@ class Version(BaseModel):
     created: datetime
     model_files: dict[str, dict[str, Any]]
     evidence_files: dict[str, dict[str, Any]]
-    finetuning_type: str
+    finetuning_type: Literal["sft", "dpo"]
     base_model: dict[str, Any]
     data: dict[str, Any]
     config: dict[str, Any]
@@ -113,7 +113,7 @@ class FolderRegistry:
         if name in pointers:
             pointer = pointers[name]()
             return pointer.version if pointer else None
-        found = [id for id in self.ids() if id.startswith(name)]
+        found = [version for version in self.ids() if version.startswith(name)]
         if len(found) > 1:
             raise ConfigError(f"registry: {name!r} is the beginning of several versions: {', '.join(found)}")
         return found[0] if found else None

@@ -77,18 +77,18 @@ def verify(registry: FolderRegistry, name: str) -> Verification:
         ConfigError: there is no such version.
         PreferenceTuningError: its manifest cannot be read.
     """
-    id = registry.find(name)
-    if id is None:
+    version = registry.find(name)
+    if version is None:
         known = ", ".join(registry.ids()) or "none yet"
         raise ConfigError(f"registry: no version {name!r} of {registry.name!r} in {registry.root}; there are: {known}")
     pointer = registry.champion()
-    seal = pointer.seal if pointer and pointer.version == id else None
+    seal = pointer.seal if pointer and pointer.version == version else None
     try:
-        decided = _read(registry, id, seal)
+        decided = _read(registry, version, seal)
     except (OSError, ValueError) as error:
-        raise PreferenceTuningError(f"registry: the manifest of {id} cannot be read: {_line(error)}") from None
+        raise PreferenceTuningError(f"registry: the manifest of {version} cannot be read: {_line(error)}") from None
     verdict = decided.verdict
-    title = f"version {id} of {registry.name}, verdict {verdict.decision}: {verdict.reason}"
+    title = f"version {version} of {registry.name}, verdict {verdict.decision}: {verdict.reason}"
     found = Verification(title, [("files of the version", decided.files)])
     try:
         evaluation = evaluation_job.load_summary(decided.evaluation)
@@ -131,12 +131,14 @@ def _read(registry: FolderRegistry, id: str, seal: str | None) -> _Decided:
 
 def _measured_files(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
     """Yield which files of the evaluation are not those that were decided on."""
-    bound = {name.removeprefix("files/"): hash for name, hash in evaluation.bonds.items() if name.startswith("files/")}
-    for name, hash in bound.items():
+    bound = {
+        name.removeprefix("files/"): value for name, value in evaluation.bonds.items() if name.startswith("files/")
+    }
+    for name, value in bound.items():
         path = decided.evaluation / name
         if not path.is_file():
             yield f"{name} is missing"
-        elif fingerprint.of_file(path) != hash:
+        elif fingerprint.of_file(path) != value:
             yield f"{name} is not what was decided on"
     for name in deciding.FILES:
         if name not in bound and (decided.evaluation / name).is_file():
@@ -154,8 +156,8 @@ def _model(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
         yield "the hashes of the weights that were measured"
     if weights_hash(decided.model) != evaluation.adapter_hashes[evaluation.terms.candidate]:
         yield "its weights are not those that were measured"
-    for stage, hash in evaluation.adapter_hashes.items():
-        if decided.training[stage].adapter_hash != hash:
+    for stage, value in evaluation.adapter_hashes.items():
+        if decided.training[stage].adapter_hash != value:
             yield f"the record of {stage.upper()} is that of other weights"
 
 
