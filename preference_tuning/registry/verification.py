@@ -6,6 +6,7 @@ Nothing is loaded or scored: the verdict is decided again from the stored scores
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,19 @@ class _Decided:
     model: Path
     training: dict[str, TrainingRecord]
     evaluation: Path
+    told: Evaluation
+    """What lies in the folder ``evaluation``."""
     data: Path
     config: dict[str, Any]
     verdict: Verdict
     seal: str
     files: list[str]
     """What is wrong with the files themselves."""
+
+    @cached_property
+    def again(self) -> tuple[dict[str, Figures], Verdict]:
+        """The figures and the verdict that follow from what was measured."""
+        return deciding.decide(Measured.read(self.evaluation), self.told.terms)
 
 
 def verify(registry: FolderRegistry, name: str) -> Verification:
@@ -86,21 +94,16 @@ def verify(registry: FolderRegistry, name: str) -> Verification:
     try:
         decided = _read(registry, version, seal)
     except (OSError, ValueError) as error:
-        raise PreferenceTuningError(f"registry: the manifest of {version} cannot be read: {_line(error)}") from None
+        raise PreferenceTuningError(f"registry: what is stored of {version} cannot be read: {_line(error)}") from None
     verdict = decided.verdict
     title = f"version {version} of {registry.name}, verdict {verdict.decision}: {verdict.reason}"
     found = Verification(title, [("files of the version", decided.files)])
-    try:
-        evaluation = evaluation_job.load_summary(decided.evaluation)
-    except (OSError, ValueError) as error:
-        found.checks.append(("evaluation", [f"it cannot be read: {_line(error)}"]))
-        return found
     for what, look in _LOOKS.items():
         try:
-            found.checks.append((what, list(look(decided, evaluation))))
+            found.checks.append((what, list(look(decided))))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             found.checks.append((what, [f"it cannot be looked at: {_line(error)}"]))
-    if evaluation.bonds.get("code") != fingerprint.of_sources(evaluation_job.MODULE):
+    if decided.told.bonds.get("code") != fingerprint.of_sources(evaluation_job.MODULE):
         found.notes.append("the code that scores and decides has changed since; this is what today's code decides")
     return found
 
@@ -121,6 +124,7 @@ def _read(registry: FolderRegistry, id: str, seal: str | None) -> _Decided:
         model=registry.path(id) / "model",
         training=evidence.records({stage: folder / "evidence" / stage for stage in ("sft", "dpo")}),
         evaluation=folder / "evidence" / "evaluation",
+        told=evaluation_job.load_summary(folder / "evidence" / "evaluation"),
         data=folder / "evidence" / "data",
         config=config,
         verdict=verdict,
@@ -129,10 +133,10 @@ def _read(registry: FolderRegistry, id: str, seal: str | None) -> _Decided:
     )
 
 
-def _measured_files(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
+def _measured_files(decided: _Decided) -> Iterator[str]:
     """Yield which files of the evaluation are not those that were decided on."""
     bound = {
-        name.removeprefix("files/"): value for name, value in evaluation.bonds.items() if name.startswith("files/")
+        name.removeprefix("files/"): value for name, value in decided.told.bonds.items() if name.startswith("files/")
     }
     for name, value in bound.items():
         path = decided.evaluation / name
@@ -145,46 +149,46 @@ def _measured_files(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
             yield f"{name} was not there"
 
 
-def _terms(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
-    if evaluation.bonds.get("terms") != fingerprint.of_value(evaluation.terms.model_dump(mode="json")):
+def _terms(decided: _Decided) -> Iterator[str]:
+    if decided.told.bonds.get("terms") != fingerprint.of_value(decided.told.terms.model_dump(mode="json")):
         yield "they are not those that were decided on"
 
 
-def _model(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
+def _model(decided: _Decided) -> Iterator[str]:
     """Yield how the model is not the one that was measured, or its training not what made it."""
-    if evaluation.bonds.get("adapter_hashes") != fingerprint.of_value(evaluation.adapter_hashes):
+    if decided.told.bonds.get("adapter_hashes") != fingerprint.of_value(decided.told.adapter_hashes):
         yield "the hashes of the weights that were measured"
-    if weights_hash(decided.model) != evaluation.adapter_hashes[evaluation.terms.candidate]:
+    if weights_hash(decided.model) != decided.told.adapter_hashes[decided.told.terms.candidate]:
         yield "its weights are not those that were measured"
-    for stage, value in evaluation.adapter_hashes.items():
+    for stage, value in decided.told.adapter_hashes.items():
         if decided.training[stage].adapter_hash != value:
             yield f"the record of {stage.upper()} is that of other weights"
 
 
-def _data(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
+def _data(decided: _Decided) -> Iterator[str]:
     manifest = Manifest.model_validate_json((decided.data / MANIFEST).read_text(encoding="utf-8"))
-    if not evaluation.bonds.get("data_fingerprint") == evaluation.data_fingerprint == manifest.split_fingerprint:
+    if not decided.told.bonds.get("data_fingerprint") == decided.told.data_fingerprint == manifest.split_fingerprint:
         yield "the dataset is another one"
-    if evaluation.bonds.get("split") != sides.fingerprint_of(decided.data / SPLIT):
+    if decided.told.bonds.get("split") != sides.fingerprint_of(decided.data / SPLIT):
         yield "its split is another one"
     scored = scores.read(decided.evaluation / deciding.SCORES)["content"]
     if not set(scored) <= sides.held_out(decided.data / SPLIT):
         yield "pairs were scored that are not held out"
-    for stage in evaluation.adapter_hashes:
+    for stage in decided.told.adapter_hashes:
         if decided.training[stage].identity["data_fingerprint"] != manifest.split_fingerprint:
             yield f"{stage.upper()} was trained on another one"
 
 
-def _base_model(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
+def _base_model(decided: _Decided) -> Iterator[str]:
     used = {record.identity["base_model_fingerprint"] for record in decided.training.values()}
-    used |= {evaluation.base_model_fingerprint, decided.version.base_model["fingerprint"]}
-    if used != {evaluation.bonds.get("base_model_fingerprint")}:
+    used |= {decided.told.base_model_fingerprint, decided.version.base_model["fingerprint"]}
+    if used != {decided.told.bonds.get("base_model_fingerprint")}:
         yield "it is another one"
 
 
-def _config(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
+def _config(decided: _Decided) -> Iterator[str]:
     """Yield which sections of the config are not those of the evaluation or of the training."""
-    config, bonds = decided.config, evaluation.bonds
+    config, bonds, evaluation = decided.config, decided.told.bonds, decided.told
     if not bonds.get("config") == fingerprint.of_value(config["evaluation"]) == _hash_of(evaluation.terms.config):
         yield "evaluation"
     if bonds.get("base_model") != fingerprint.of_value(config["base_model"]):
@@ -198,8 +202,8 @@ def _config(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
             yield f"the record of {stage.upper()} has other settings than its job"
 
 
-def _figures(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
-    found, _ = _decide(decided, evaluation)
+def _figures(decided: _Decided) -> Iterator[str]:
+    found, evaluation = decided.again[0], decided.told
     names = {(model, name) for figures in (found, evaluation.models) for model, f in figures.items() for name in f}
     for model, name in sorted(names):
         told, again = evaluation.models.get(model, {}).get(name), found.get(model, {}).get(name)
@@ -207,9 +211,8 @@ def _figures(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
             yield f"{model} {name} is {told}, and from what was measured {again}"
 
 
-def _verdict(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
-    _, again = _decide(decided, evaluation)
-    told = evaluation.verdict
+def _verdict(decided: _Decided) -> Iterator[str]:
+    told, again = decided.told.verdict, decided.again[1]
     if decided.verdict != told:
         yield "the manifest has another one than the evaluation"
     if told.decision != again.decision:
@@ -220,14 +223,14 @@ def _verdict(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
             yield f"{name}: {rules[0].get(name)}, and from what was measured {rules[1].get(name)}"
 
 
-def _seal(decided: _Decided, evaluation: Evaluation) -> Iterator[str]:
-    if deciding.seal(evaluation.bonds, evaluation.models, evaluation.verdict) != evaluation.seal:
+def _seal(decided: _Decided) -> Iterator[str]:
+    if deciding.seal(decided.told.bonds, decided.told.models, decided.told.verdict) != decided.told.seal:
         yield "it is not that of these figures, this verdict and these bonds"
-    if decided.seal != evaluation.seal:
+    if decided.seal != decided.told.seal:
         yield "the registry has another one than the evaluation"
 
 
-_LOOKS: dict[str, Callable[[_Decided, Evaluation], Iterator[str]]] = {
+_LOOKS: dict[str, Callable[[_Decided], Iterator[str]]] = {
     "what was measured": _measured_files,
     "terms of the verdict": _terms,
     "model and training records": _model,
@@ -238,10 +241,6 @@ _LOOKS: dict[str, Callable[[_Decided, Evaluation], Iterator[str]]] = {
     "verdict, decided again": _verdict,
     "seal": _seal,
 }
-
-
-def _decide(decided: _Decided, evaluation: Evaluation) -> tuple[dict[str, Figures], Verdict]:
-    return deciding.decide(Measured.read(decided.evaluation), evaluation.terms)
 
 
 def _alike(one: Figure, other: Figure) -> bool:
