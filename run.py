@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command line: `train CONFIG`, `check CONFIG`, `data CONFIG-OR-PATH`, `dashboard [RUN]`."""
+"""The command line: `train CONFIG`, `check CONFIG`, `data CONFIG-OR-PATH`, `evaluate MODEL`, `dashboard [RUN]`."""
 
 import argparse
 import os
@@ -57,6 +57,24 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the findings as JSON")
     verb.add_argument("--out", type=Path, metavar="DIR", help="save the rows, manifest, quarantine and report there")
     verb.set_defaults(command=data)
+    text = "score and judge any model as the pipeline does, or look whether a stored verdict holds"
+    verb = commands.add_parser("evaluate", help=text, description=text)
+    verb.add_argument(
+        "what",
+        nargs="?",
+        metavar="MODEL_OR_VERSION",
+        help="`champion`, `previous`, a version's id or its beginning, or a folder with an adapter or a full model; "
+        "the base model and the champion are scored beside it",
+    )
+    verb.add_argument("--config", type=Path, metavar="CONFIG", help="a run config: base model, data, rules, registry")
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as data.held_out=0.1")
+    verb.add_argument(
+        "--verify",
+        metavar="VERSION",
+        help="decide again from the stored scores of a version (`champion`, `previous`, an id or its beginning), and "
+        "compare everything with what is stored; exit code 1 if the verdict does not hold",
+    )
+    verb.set_defaults(command=evaluate)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -99,6 +117,33 @@ def data(options: argparse.Namespace) -> None:
     from preference_tuning import inspection
 
     print(inspection.inspect(options.what, options.set, options.out, options.json))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score and judge a model, or decide again on a version from what is stored of it."""
+    from preference_tuning import config
+    from preference_tuning.errors import ConfigError
+
+    if (options.what is None) == (options.verify is None):
+        raise ConfigError("evaluate: name a model or version, or --verify VERSION")
+    if options.config is None and (options.what or options.set):
+        raise ConfigError("evaluate: needs --config CONFIG, which names base model, data, rules and registry")
+    loaded = config.load(options.config, options.set).config if options.config else None
+    if options.verify is not None:
+        from preference_tuning.registry import folder, verification
+
+        registry = folder.FolderRegistry(loaded.registry if loaded else config.RegistryConfig())
+        found = verification.verify(registry, options.verify)
+        print(found)
+        sys.exit(1 if found.problems else 0)
+    assert loaded is not None
+    if loaded.evaluation.judge is not None and loaded.evaluation.judge.api_key_secret is not None:
+        from steps.context import give_key_to
+
+        give_key_to(loaded.evaluation.judge)
+    from preference_tuning import assessment
+
+    print(assessment.assess(options.what, loaded))
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Everything of a run that can be known to be wrong before it costs anything."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,16 @@ from preference_tuning.training import unfinished
 
 USUAL = {"sft": 2e-5, "dpo": 5e-7}
 """Learning rates at which a whole model of a few billion parameters is trained (Zephyr, Tunstall et al. 2023)."""
+TO_EVALUATE = ("model", "judges", "outputs", "registry")
+"""What has to be right where nothing is trained."""
 
 
-def check(config: RunConfig) -> str:
+def check(config: RunConfig, only: Collection[str] = ()) -> str:
     """Check the config against the world (model, data, folders, tracking) and return the findings, a line each.
+
+    Args:
+        config: of a run.
+        only: names of what is looked at; empty: everything.
 
     Raises:
         PreferenceTuningError: with every finding that stops a run; config errors outrank data errors in the exit code.
@@ -38,6 +45,8 @@ def check(config: RunConfig) -> str:
         ("registry", _registry),
         ("tracking", _tracking),
     ):
+        if only and name not in only:
+            continue
         try:
             findings.append(f"{name:9} ok: {look(config)}")
         except PreferenceTuningError as error:

@@ -11,7 +11,7 @@ from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
 from preference_tuning.registry.champion import to_beat
-from preference_tuning.registry.folder import FolderRegistry
+from preference_tuning.registry.folder import FolderRegistry, version_id
 from steps.artifacts import DirectoryMaterializer
 from steps.context import current_run, give_key_to
 
@@ -41,7 +41,7 @@ def evaluate(
         run.comet,
         # Read now and no parameter: the cache would take another champion for another evaluation of this model, while
         # `register` looks at it once more.
-        champion=to_beat(FolderRegistry(run.config.registry), dpo_adapter or sft_adapter),
+        champion=to_beat(FolderRegistry(run.config.registry), version_id(dpo_adapter or sft_adapter)),
         beta=beta,
         max_length=max_length,
         retries=run.config.training.retries,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import EvaluationConfig, RegistryConfig
+from preference_tuning.config import RegistryConfig
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation.job import Evaluation
 from preference_tuning.models.source import ModelSource
@@ -74,7 +74,9 @@ class Folders:
         evaluation = Evaluation.model_validate(
             {
                 "pairs": 1, "dropped": 0, "data_fingerprint": "data", "base_model_fingerprint": "base",
-                "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned}, "beta": 0.1, "models": {},
+                "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned}, "models": {},
+                "terms": {"candidate": "dpo", "references": {"dpo": "sft"}, "beta": 0.1, "config": {}, "champion": None},
+                "bonds": {}, "seal": "s",
                 "samples": [], "verdict": {"decision": "promote", "candidate": "dpo", "rules": []}, "seconds": 1,
             }
         )  # fmt: skip
@@ -158,7 +160,7 @@ def test_what_is_not_finished_is_never_registered(
     )  # fmt: skip
     registry = tmp_path / "registry"
     with pytest.raises(PreferenceTuningError, match="nothing is registered: "):
-        result.register(outcome, RegistryConfig(folder=str(registry)), EvaluationConfig())
+        result.register(outcome, RegistryConfig(folder=str(registry)))
     assert not registry.exists()
 
 

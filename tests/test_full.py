@@ -16,7 +16,8 @@ from preference_tuning import config, jobs, preflight
 from preference_tuning.config import BaseModelConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError
-from preference_tuning.evaluation import job as evaluation_job
+from preference_tuning.evaluation import deciding
+from preference_tuning.evaluation import scores as scores_of
 from preference_tuning.models import chat, compute, loading, weights
 from preference_tuning.models.rows import tokenise
 from preference_tuning.models.source import locate
@@ -162,7 +163,7 @@ def test_a_published_full_model_is_loaded_as_any_model(project: Project, version
     card = (version / "model" / "README.md").read_text(encoding="utf-8")
     assert "library_name: transformers" in card
     assert "AutoModelForCausalLM.from_pretrained(FOLDER" in card
-    scores = evaluation_job.load_scores(version / "evidence" / "evaluation")
+    scores = scores_of.read(version / "evidence" / "evaluation" / deciding.SCORES)
     (sft,) = project.folder.glob("outputs/jobs/sft-*/adapter")
     tokenizer = AutoTokenizer.from_pretrained(version / "model")
     table = Dataset(next(project.folder.glob("outputs/data/*/dataset"))).path("held_out")

@@ -245,6 +245,7 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "model",
         "training",
         "data",
+        "judges",
         "resume",
         "outputs",
         "registry",

@@ -54,6 +54,7 @@ PROVED_BY = {
     "dpo.engine": "test_training.py::test_an_engine_that_cannot_run_is_an_error_and_stock_trl_can_be_chosen",
     "evaluation.batch_size": "test_settings_world.py::test_an_evaluation_is_the_one_asked_for",
     "evaluation.samples": "test_settings_world.py::test_an_evaluation_is_the_one_asked_for",
+    "evaluation.general": "test_settings_world.py::test_an_evaluation_is_the_one_asked_for",
     "evaluation.max_new_tokens": "test_settings_world.py::test_an_evaluation_is_the_one_asked_for",
     "evaluation.seed": "test_settings_world.py::test_an_evaluation_is_the_one_asked_for",
     "evaluation.gate.champion_margin": "test_gate.py::test_each_rule_follows_its_setting",

@@ -15,8 +15,9 @@ from preference_tuning.config import RunConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
 from preference_tuning.errors import ConfigError
+from preference_tuning.evaluation import deciding, statistics
 from preference_tuning.evaluation import job as evaluation_job
-from preference_tuning.evaluation import statistics
+from preference_tuning.evaluation import scores as scores_of
 from preference_tuning.models import backend, chat, compute, loading, scoring, weights
 from preference_tuning.models.source import locate
 from preference_tuning.registry.folder import FolderRegistry
@@ -210,26 +211,27 @@ def test_an_evaluation_is_the_one_asked_for(tmp_path: Path, tiny_model: Path, mo
     from preference_tuning.evaluation.__main__ import main
 
     source = write_jsonl(tmp_path / "rows.jsonl", preference_rows(40))
+    text = tmp_path / "general.txt"
+    text.write_text("An oak is old.\n\nThe moon is plain, and so is bread.")
     seen: dict[str, set[int]] = {}
-    score, generate = scoring.pair_logps, PeftModelForCausalLM.generate
+    batches, generate = scoring.batches, PeftModelForCausalLM.generate
 
-    def watched_scoring(model: Any, pairs: Any, *, batch_size: int, **how: Any) -> Any:
-        seen["batch_size"] = {batch_size}
-        for numbers, logps in score(model, pairs, batch_size=batch_size, **how):
+    def watched_scoring(pairs: Any, batch_size: int) -> Any:
+        for numbers in batches(pairs, batch_size):
             seen.setdefault("scored", set()).add(len(numbers))
-            yield numbers, logps
+            yield numbers
 
     def watched_generation(self: Any, **how: Any) -> Any:
         made = generate(self, **how)
         seen.setdefault("new_tokens", set()).add(made.shape[1] - how["input_ids"].shape[1])
         return made
 
-    monkeypatch.setattr(scoring, "pair_logps", watched_scoring)
+    monkeypatch.setattr(scoring, "batches", watched_scoring)
     monkeypatch.setattr(PeftModelForCausalLM, "generate", watched_generation)
     for settings in (
         {"batch_size": 4, "samples": 2, "max_new_tokens": 3, "seed": 1},
         {"batch_size": 8, "samples": 0, "max_new_tokens": 3, "seed": 2},
-        {"batch_size": 8, "samples": 5, "max_new_tokens": 6, "seed": 2},
+        {"batch_size": 8, "samples": 5, "max_new_tokens": 6, "seed": 2, "general": str(text)},
     ):
         seen.clear()
         run = configured(
@@ -249,7 +251,8 @@ def test_an_evaluation_is_the_one_asked_for(tmp_path: Path, tiny_model: Path, mo
         assert max(seen["scored"]) == settings["batch_size"]
         assert seen.get("new_tokens", {0}) == ({settings["max_new_tokens"]} if settings["samples"] else {0})
         assert len(found.samples) == settings["samples"]
-        scores = evaluation_job.load_scores(tmp_path / evaluation_job.EVIDENCE)
+        assert ("general/nll" in found.models["sft"]) == ("general" in settings)
+        scores = scores_of.read(tmp_path / evaluation_job.EVIDENCE / deciding.SCORES)
         nll = -scores["base/chosen"] / scores["chosen_tokens"]
         by_hand = [statistics.mean(nll, scores["prompt"], seed).low for seed in (1, 2)]
         assert by_hand[0] != by_hand[1]

@@ -7,8 +7,8 @@ from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import BaseModelConfig, DataConfig, RunConfig
-from preference_tuning.data import findings, sources
-from preference_tuning.data.table import Dataset, Manifest
+from preference_tuning.data import findings, sides, sources
+from preference_tuning.data.table import SPLIT, Dataset, Manifest
 from preference_tuning.errors import DataError
 from preference_tuning.models.source import ModelSource
 
@@ -88,15 +88,16 @@ def of_data(config: DataConfig) -> DataJob:
 
 
 def prepare_for_run(job: DataJob, again: bool = False) -> Dataset:
-    """Return the dataset of a job as ``prepare`` does, and insist on pairs on both sides of the split.
+    """Return the dataset of a job as ``prepare`` does, and insist on pairs on both sides, none with a common prompt.
 
     Raises:
-        DataError: as ``prepare``, or a side is empty.
+        DataError: as ``prepare``, or a side is empty, or held-out prompts are trained on.
         ConfigError: as ``prepare``.
     """
     dataset = prepare(job, again)
     if problem := findings.empty_side(dataset.manifest):
         raise DataError(problem)
+    sides.check_overlap(dataset.folder / SPLIT)
     return dataset
 
 

@@ -23,6 +23,7 @@ from preference_tuning.evaluation.statistics import Figure
 SCORES, ANSWERS, GENERAL, JUDGED, TASKS = (
     "scores.parquet", "answers.parquet", "general.parquet", "judged.json", "lm_eval.json",
 )  # fmt: skip
+FILES = (SCORES, ANSWERS, GENERAL, JUDGED, TASKS)
 UNSEEN = "new_to_champion"
 """Column of the score table: whether the champion was not trained on the pair or on another of its prompt."""
 
@@ -126,11 +127,7 @@ def bound(folder: Path, terms: Terms, identity: dict[str, Any]) -> dict[str, str
         terms: of the verdict.
         identity: of the evaluation: data split, models, base model, code, by name.
     """
-    files = {
-        f"files/{name}": fingerprint.of_file(folder / name)
-        for name in (SCORES, ANSWERS, GENERAL, JUDGED, TASKS)
-        if (folder / name).is_file()
-    }
+    files = {f"files/{name}": fingerprint.of_file(folder / name) for name in FILES if (folder / name).is_file()}
     named = {name: value if isinstance(value, str) else fingerprint.of_value(value) for name, value in identity.items()}
     return {**named, "terms": fingerprint.of_value(terms.model_dump(mode="json")), **files}
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from preference_tuning import jobs
 from preference_tuning.config import JudgeConfig
+from preference_tuning.data import sides
 from preference_tuning.data.table import SPLIT
-from preference_tuning.errors import DataError
 from preference_tuning.evaluation import deciding, differences, general, generation, harness, judge, report, scores
 from preference_tuning.evaluation import job as jobs_of_evaluation
 from preference_tuning.evaluation.deciding import Judgement, Measured
@@ -42,7 +41,7 @@ class Measuring:
         self.start = time.monotonic()
         self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
-        check_overlap(job.data / SPLIT)
+        sides.check_overlap(job.data / SPLIT)
         chosen = compute.choose(job.base_model, job.output_dir)
         self.family = Family(job.base_model, job.source, job.output_dir, chosen, job.tuned)
         self.base = self.family.base
@@ -59,7 +58,8 @@ class Measuring:
         self._run_tasks()
         measured = Measured.read(self.evidence)
         figures, verdict = deciding.decide(measured, job.terms)
-        bonds = deciding.bound(self.evidence, job.terms, job.identity())
+        split = sides.fingerprint_of(job.data / SPLIT)
+        bonds = deciding.bound(self.evidence, job.terms, {**job.identity(), "split": split})
         judgement = measured.judgement
         evaluation = Evaluation(
             pairs=len(tokens.rows),
@@ -97,7 +97,7 @@ class Measuring:
                 progress.update(len(batch.numbers) * len(found))
         table = collector.table(pairs["content"], pairs["group"], self.job.references)
         if self.job.scored_champion is not None:
-            unseen = new_to(self.job.scored_champion.split, pairs["group"])
+            unseen = sides.new_to(self.job.scored_champion.split, pairs["group"])
             table = table.append_column(deciding.UNSEEN, [unseen])
         scores.write(table, self.evidence / deciding.SCORES)
 
@@ -245,30 +245,6 @@ class Measuring:
         self.comet.log_others({**told, "data/fingerprint": evaluation.data_fingerprint, "seal": evaluation.seal})
         jobs.write_json(self.evidence / jobs_of_evaluation.SUMMARY, evaluation.model_dump(mode="json"))
         jobs.write_text(self.evidence / jobs_of_evaluation.REPORT, report.render(evaluation, measured))
-
-
-def check_overlap(split: Path) -> None:
-    """Refuse held-out pairs whose prompts are trained on.
-
-    Raises:
-        DataError: there are some; figures on them would flatter.
-    """
-    table = pq.read_table(split, columns=["side", "group"]).to_pydict()
-    sides: dict[str, set[str]] = {"train": set(), "held_out": set()}
-    for side, group in zip(table["side"], table["group"], strict=True):
-        sides[side].add(group)
-    if shared := sides["train"] & sides["held_out"]:
-        raise DataError(
-            f"{len(shared)} of {len(sides['held_out'])} held-out prompts are among the training data, so figures on "
-            "them would flatter: set data.problems.leak: drop, or mend the split of the source"
-        )
-
-
-def new_to(split: Path, groups: Sequence[str]) -> list[bool]:
-    """Return for each group of pairs whether a model was not trained on it, from the split of its data."""
-    table = pq.read_table(split, columns=["side", "group"])
-    trained = set(table.filter(pc.equal(table["side"], "train"))["group"].to_pylist())
-    return [group not in trained for group in groups]
 
 
 def _labelled(pair: dict[str, Any]) -> judge.Comparison:

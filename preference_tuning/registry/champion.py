@@ -1,16 +1,14 @@
 """The model that a new one has to beat, ready to be scored beside it."""
 
-from pathlib import Path
-
 from preference_tuning import fingerprint
 from preference_tuning.data.table import SPLIT
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation.job import Champion
-from preference_tuning.registry.folder import FolderRegistry, version_id
+from preference_tuning.registry.folder import FolderRegistry
 
 
-def to_beat(registry: FolderRegistry, model: Path) -> Champion | None:
-    """Return the champion that the model in a folder has to beat, or None if there is none.
+def to_beat(registry: FolderRegistry, candidate: str) -> Champion | None:
+    """Return the champion that a version, published or yet to be, has to beat, or None if there is none.
 
     Of a model that is the champion itself it is the one before: it was judged against that one, and is again.
 
@@ -18,7 +16,7 @@ def to_beat(registry: FolderRegistry, model: Path) -> Champion | None:
         PreferenceTuningError: the champion's files are not what was published; a model is never judged without it.
     """
     reigning = registry.champion()
-    if reigning is not None and reigning.version == version_id(model):
+    if reigning is not None and reigning.version == candidate:
         reigning = registry.previous()
     if reigning is None:
         return None

@@ -4,10 +4,11 @@
     <folder>/<name>/versions/<id>/model/                adapter or full model, tokenizer, chat template, model card
     <folder>/<name>/versions/<id>/evidence/             reports, records, metrics, scores, the data's manifest
     <folder>/<name>/versions/<id>/manifest.json         hashes of every file, figures, verdict, provenance
+    <folder>/<name>/decisions/<id>-<seal>/              later evaluations of a version, with the verdict of each
     <folder>/<name>/champion.json  previous.json        pointers, replaced in one step
 
 A version is written aside, synced and renamed; its id is a hash of the model's files, so publishing the same model
-again changes nothing.
+again changes nothing. So is a decision.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -29,6 +30,7 @@ from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
 
 MARK, MANIFEST, CHAMPION, PREVIOUS = "registry.json", "manifest.json", "champion.json", "previous.json"
+DECISION, CARD = "decision.json", "README.md"
 FORMAT = {"format": "preference-tuning registry", "version": 1}
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Pickles: never part of a version."""
@@ -42,7 +44,7 @@ class Version(BaseModel):
     created: datetime
     model_files: dict[str, dict[str, Any]]
     evidence_files: dict[str, dict[str, Any]]
-    finetuning_type: str
+    finetuning_type: Literal["sft", "dpo"]
     base_model: dict[str, Any]
     data: dict[str, Any]
     config: dict[str, Any]
@@ -50,6 +52,20 @@ class Version(BaseModel):
     metrics: dict[str, Any]
     verdict: Verdict
     run: dict[str, str]
+    seal: str | None = None
+    """Hash over the other fields; None in versions from before there was one."""
+
+
+class Decision(BaseModel):
+    """The manifest of an evaluation that came after a version was published."""
+
+    version: str
+    created: datetime
+    evidence_files: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+    seal: str
+    """Of the evaluation."""
+    verdict: Verdict
 
 
 class Champion(BaseModel):
@@ -57,6 +73,8 @@ class Champion(BaseModel):
 
     version: str
     since: datetime
+    seal: str | None = None
+    """Of the evaluation whose verdict promoted it."""
 
 
 class FolderRegistry:
@@ -80,6 +98,29 @@ class FolderRegistry:
     def path(self, version: str) -> Path:
         """Return the folder of a version."""
         return self.folder / "versions" / version
+
+    def decision(self, version: str, seal: str) -> Path:
+        """Return the folder of a later decision on a version, by the seal of its evaluation."""
+        return self.folder / "decisions" / f"{version}-{seal[:16]}"
+
+    def find(self, name: str) -> str | None:
+        """Return the id of the version that is meant by ``champion``, ``previous``, an id or the beginning of one.
+
+        Raises:
+            ConfigError: several ids begin so.
+        """
+        pointers = {"champion": self.champion, "previous": self.previous}
+        if name in pointers:
+            pointer = pointers[name]()
+            return pointer.version if pointer else None
+        found = [version for version in self.ids() if version.startswith(name)]
+        if len(found) > 1:
+            raise ConfigError(f"registry: {name!r} is the beginning of several versions: {', '.join(found)}")
+        return found[0] if found else None
+
+    def ids(self) -> list[str]:
+        """Return the ids of all versions."""
+        return sorted(path.parent.name for path in self.folder.glob(f"versions/[!.]*/{MANIFEST}"))
 
     def check_writable(self) -> None:
         """Make sure that a version could be written here, leaving no trace if nothing was here before.
@@ -135,8 +176,41 @@ class FolderRegistry:
                 return self.version(new)
             return self._write(new, model, evidence, card, facts)
 
-    def promote(self, id: str) -> None:
+    def keep_decision(
+        self, version: str, evidence: dict[str, Path], config: dict[str, Any], seal: str, verdict: Verdict
+    ) -> Path:
+        """Store a later evaluation of a version beside it, whole or not at all, and return its folder.
+
+        Args:
+            version: id of a published version.
+            evidence: folders to keep, by name.
+            config: of the run that evaluated it.
+            seal: of the evaluation.
+            verdict: on the version.
+        """
+        folder = self.decision(version, seal)
+        with self._lock():
+            self._clear_leftovers()
+            if (folder / DECISION).is_file():
+                return folder
+            aside = self._aside("decisions", evidence)
+            decision = Decision(
+                version=version,
+                created=datetime.now(UTC),
+                evidence_files=fingerprint.manifest(aside / "evidence"),
+                config=config,
+                seal=seal,
+                verdict=verdict,
+            )
+            _put(aside, folder, DECISION, decision)
+        return folder
+
+    def promote(self, id: str, seal: str | None = None) -> None:
         """Make a version the champion; the one before becomes the previous one.
+
+        Args:
+            id: of the version.
+            seal: of the evaluation whose verdict this is.
 
         Raises:
             PreferenceTuningError: there is no such version, or its files are not what was published.
@@ -149,7 +223,7 @@ class FolderRegistry:
                 return
             if current:
                 jobs.write_text(self.folder / PREVIOUS, current.model_dump_json(indent=2) + "\n")
-            pointer = Champion(version=id, since=datetime.now(UTC))
+            pointer = Champion(version=id, since=datetime.now(UTC), seal=seal)
             jobs.write_text(self.folder / CHAMPION, pointer.model_dump_json(indent=2) + "\n")
             _sync_directory(self.folder)
 
@@ -157,21 +231,17 @@ class FolderRegistry:
         """Return what differs from the manifest of a version, a line for each file; nothing if all is as published."""
         version, folder = self.version(id), self.path(id)
         problems = []
-        for part, sealed in (("model", version.model_files), ("evidence", version.evidence_files)):
-            found = fingerprint.manifest(folder / part)
-            problems += [f"{part}/{name} is missing" for name in sealed if name not in found]
-            problems += [f"{part}/{name} is not part of it" for name in found if name not in sealed]
-            problems += [
-                f"{part}/{name} was changed" for name in sealed if found.get(name, sealed[name]) != sealed[name]
-            ]
+        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if version.seal is not None and version.seal != _seal_of(document):
+            problems.append(f"{MANIFEST} was changed")
+        for part, listed in (("model", version.model_files), ("evidence", version.evidence_files)):
+            problems += differences(folder / part, listed)
         return problems
 
     def _write(self, id: str, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
-        aside = self.folder / "versions" / f".writing-{uuid.uuid4().hex}"
+        aside = self._aside("versions", evidence)
         shutil.copytree(model, aside / "model")
-        (aside / "model" / "README.md").write_text(card, encoding="utf-8")
-        for name, folder in evidence.items():
-            shutil.copytree(folder, aside / "evidence" / name)
+        (aside / "model" / CARD).write_text(card, encoding="utf-8")
         version = Version(
             id=id,
             name=self.name,
@@ -180,16 +250,21 @@ class FolderRegistry:
             evidence_files=fingerprint.manifest(aside / "evidence"),
             **facts,
         )
-        (aside / MANIFEST).write_text(version.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        for path in sorted(aside.rglob("*")):
-            _sync_directory(path) if path.is_dir() else _sync_file(path)
-        _sync_directory(aside)
-        aside.rename(self.path(id))
-        _sync_directory(self.folder / "versions")
-        return version
+        # Of the values as they are read again: JSON has no nan.
+        sealed = version.model_copy(update={"seal": _seal_of(json.loads(version.model_dump_json()))})
+        _put(aside, self.path(id), MANIFEST, sealed)
+        return sealed
+
+    def _aside(self, kind: str, evidence: dict[str, Path]) -> Path:
+        """Return a new folder beside those of its kind, with a copy of the evidence."""
+        aside = self.folder / kind / f".writing-{uuid.uuid4().hex}"
+        for name, folder in evidence.items():
+            shutil.copytree(folder, aside / "evidence" / name)
+        aside.mkdir(parents=True, exist_ok=True)
+        return aside
 
     def _clear_leftovers(self) -> None:
-        for path in (self.folder / "versions").glob(".writing-*"):
+        for path in self.folder.glob("*/.writing-*"):
             shutil.rmtree(path)
 
     def _check_ours(self) -> None:
@@ -226,8 +301,38 @@ class FolderRegistry:
 
 
 def version_id(model: Path) -> str:
-    """Return the id of the version that the model in a folder is or would be."""
-    return fingerprint.of_value(fingerprint.manifest(model))[:16]
+    """Return the id of the version that the model in a folder is or would be; its card is no part of it."""
+    return weights_hash(model)[:16]
+
+
+def weights_hash(model: Path) -> str:
+    """Return the hash of a model's folder as training left it, without the card that publishing adds."""
+    return fingerprint.of_value(fingerprint.manifest(model, skip=[CARD]))
+
+
+def differences(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what differs from a list of files, a line for each; names begin with that of the folder."""
+    found, part = fingerprint.manifest(folder), folder.name
+    return [
+        *(f"{part}/{name} is missing" for name in listed if name not in found),
+        *(f"{part}/{name} is not part of it" for name in found if name not in listed),
+        *(f"{part}/{name} was changed" for name in listed if found.get(name, listed[name]) != listed[name]),
+    ]
+
+
+def _seal_of(document: dict[str, Any]) -> str:
+    """Return the hash of a manifest without its seal."""
+    return fingerprint.of_value({name: value for name, value in document.items() if name != "seal"})
+
+
+def _put(aside: Path, folder: Path, name: str, manifest: BaseModel) -> None:
+    """Complete what was written aside by its manifest, sync it and put it in place in one step."""
+    (aside / name).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    for path in sorted(aside.rglob("*")):
+        _sync_directory(path) if path.is_dir() else _sync_file(path)
+    _sync_directory(aside)
+    aside.rename(folder)
+    _sync_directory(folder.parent)
 
 
 def _sync_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card, evidence
 from preference_tuning.registry.champion import to_beat
-from preference_tuning.registry.folder import FolderRegistry, Version
+from preference_tuning.registry.folder import FolderRegistry, Version, version_id
 from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.training import unfinished
 from preference_tuning.training.job import METRICS, TrainingRecord
@@ -88,16 +88,20 @@ def register(result: Result, config: RegistryConfig) -> Registered:
     evaluated = _current(result, registry)
     evaluation, verdict = evaluated.evaluation, evaluated.evaluation.verdict
     adapter = weights.is_adapter(result.adapter)
+    kept = {**result.training, "evaluation": evaluated.evidence, "data": _manifest_only(result)}
     version = registry.publish(
         result.adapter,
-        {**result.training, "evaluation": evaluated.evidence, "data": _manifest_only(result)},
+        kept,
         card.render(
             result.base_model, evaluation, verdict, result.records(), result.dataset.manifest, config.name, adapter
         ),
         _facts(result, evaluation, verdict),
     )
+    if version.metrics.get("seal") != evaluation.seal:
+        # The same model was published with the evaluation of another day.
+        registry.keep_decision(version.id, kept, result.config.model_dump(mode="json"), evaluation.seal, verdict)
     if verdict.decision == "promote":
-        registry.promote(version.id)
+        registry.promote(version.id, evaluation.seal)
     unfinished.clear(result.output_dir)
     now = registry.champion()
     champion = now.version if now else None
@@ -141,7 +145,7 @@ def _current(result: Result, registry: FolderRegistry) -> evaluation_job.Evaluat
     It may have come from the step cache, or another run may have promoted its model since.
     """
     evaluation = evaluation_job.load_summary(result.evaluation)
-    champion = to_beat(registry, result.adapter)
+    champion = to_beat(registry, version_id(result.adapter))
     if evaluation.champion == (champion.version if champion else None):
         return evaluation_job.Evaluated(evaluation=evaluation, evidence=result.evaluation)
     job = evaluation_job.from_artifacts(
