@@ -16,7 +16,8 @@ from preference_tuning.data import sides
 from preference_tuning.data.table import SPLIT, Dataset
 from preference_tuning.errors import ConfigError, DataError, PreferenceTuningError
 from preference_tuning.evaluation import job as evaluation_job
-from preference_tuning.evaluation.job import Evaluated, Evaluation
+from preference_tuning.evaluation import screen
+from preference_tuning.evaluation.job import Evaluated
 from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.champion import to_beat
@@ -25,12 +26,6 @@ from preference_tuning.tracking.comet import CometRun
 
 MODEL = "model"
 """The name of what is assessed, in tables and reports."""
-SHOWN = {
-    "likelihood/accuracy": "finds the chosen answer likelier",
-    "likelihood/accuracy_norm": "the same, per token",
-    "nll/chosen": "loss on chosen answers (nats a token)",
-    "rewards/accuracies": "reward accuracy against the base model",
-}
 
 
 @dataclass(frozen=True)
@@ -157,26 +152,17 @@ def _rules_for(candidate: Candidate, config: EvaluationConfig) -> EvaluationConf
 
 
 def _screen(candidate: Candidate, dataset: Dataset, evaluated: Evaluated) -> Iterator[str]:
-    evaluation = evaluated.evaluation
-    verdict, manifest = evaluation.verdict, dataset.manifest
-    yield f"model      {candidate.title} ({candidate.finetuning_type.upper()})"
-    yield f"data       {manifest.source}: {evaluation.pairs} held-out pairs ({evaluation.data_fingerprint[:16]})"
-    yield f"champion   {evaluation.champion or 'none'}"
+    evaluation, manifest = evaluated.evaluation, dataset.manifest
+    yield from screen.entry("model", f"{candidate.title} ({candidate.finetuning_type.upper()})")
+    yield from screen.entry(
+        "data", f"{manifest.source}: {evaluation.pairs} held-out pairs ({evaluation.data_fingerprint[:16]})"
+    )
+    yield from screen.entry("champion", evaluation.champion or "none")
     yield ""
-    yield from _figures(evaluation)
-    yield ""
-    for rule in verdict.rules:
-        yield f"{rule.outcome:10} {rule.name}: {rule.measured} (wanted: {rule.wanted})"
-    yield ""
-    for note in evaluation.notes:
-        yield f"note       {note}"
+    yield from screen.render(evaluation)
+    notes = list(evaluation.notes)
     if candidate.version is None:
-        yield "note       what it was trained on is not known here, so the pairs may not be new to it"
-    yield f"verdict    {verdict.decision}: {verdict.reason}"
+        notes.append("what it was trained on is not known here, so the pairs may not be new to it")
+    for note in notes:
+        yield from screen.entry("note", note)
     yield f"report     {evaluated.evidence / evaluation_job.REPORT}"
-
-
-def _figures(evaluation: Evaluation) -> Iterator[str]:
-    yield f"{'held-out pairs':42}" + "".join(f"{name:>24}" for name in evaluation.models)
-    for name, title in SHOWN.items():
-        yield f"{title:42}" + "".join(f"{figures.get(name, '')!s:>24}" for figures in evaluation.models.values())
