@@ -12,7 +12,7 @@ LIBRARY = ROOT / "preference_tuning"
 OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
-    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py"},
+    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
     "huggingface_hub": {"hub.py"},
     "lm_eval": {"evaluation/harness.py"},
     "peft": {"models/fused.py", "models/loading.py"},
