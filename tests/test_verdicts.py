@@ -19,6 +19,7 @@ import pytest
 import yaml
 from conftest import preference_rows, tiny_parameters
 from in_process import Lab
+from test_judge import Read, endpoint, say, the_first
 
 import run as command_line
 from preference_tuning import assessment, fingerprint, interruption, jobs
@@ -182,6 +183,45 @@ def test_a_later_verdict_on_the_same_model_is_kept_with_its_evidence(history: Hi
     path = registry.decision(rival, pointer.seal) / "evidence" / "evaluation" / "scores.parquet"
     path.write_bytes(path.read_bytes() + b"x")
     assert "evaluation/scores.parquet was changed" in str(verification.verify(registry, "champion"))
+
+
+# --- what else is measured ------------------------------------------------------------------------------------------
+
+
+def calmer(read: Read, _: int) -> str:
+    """The answer that shouts less is the better one."""
+    shouting = [sum(letter.isupper() for letter in read.quoted(f"ANSWER {name}")) for name in "AB"]
+    return say("tie" if shouting[0] == shouting[1] else "A" if shouting[0] < shouting[1] else "B")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_judge_and_general_text_are_part_of_the_evidence(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    """Trained nothing anew; a judge at chance is asked, told of, and not heeded."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    text = tmp_path / "general.txt"
+    text.write_text("Water is wet.\n\nIt is old and useful.\n\nSalt, bread and wool.\n", encoding="utf-8")
+    with endpoint(calmer if able else the_first) as there:
+        asked = {"url": there.url, "model": "m", "prompts": 6, "calibration_pairs": 40, "requests_per_minute": 60_000}
+        outcome = history.lab.train(**history.on("right", evaluation={"judge": asked, "general": str(text)}))
+        assert len(there.read) > 80, "both orders of each labelled pair"
+    found = evaluation_job.load_summary(outcome.evaluation)
+    figures = found.models["dpo"]
+    assert figures["judge/calibrated"].value == able, found.notes
+    assert figures["judge/requests"].value == len(there.read)
+    assert ("the judge is listened to" in found.notes[0]) == able
+    (rule,) = [rule for rule in found.verdict.rules if rule.name.startswith("win rate")]
+    assert (rule.outcome == "skipped") == (not able)
+    if able:
+        assert "judge/win_rate_vs_champion" in figures
+    for model in ("base", "sft", "dpo", "champion"):
+        assert found.models[model]["general/ppl"].value > 1
+    change = found.models["sft"]["general/nll"].value - found.models["base"]["general/nll"].value
+    assert found.models["sft"]["general/nll_change"].value == pytest.approx(change)
+    assert {"files/judged.json", "files/general.parquet", "files/answers.parquet"} <= found.bonds.keys()
+    report = (outcome.evaluation / evaluation_job.REPORT).read_text(encoding="utf-8")
+    assert ("win rate" in report.lower(), "perplexity" in report.lower()) == (True, True)
 
 
 # --- what --verify finds --------------------------------------------------------------------------------------------

@@ -187,11 +187,12 @@ def _in_order(answers: list[Answer], model: str | None) -> list[Answer]:
 
 
 def _of_judge(judgement: Judgement, seed: int) -> Figures:
-    found = judge.figures(judgement.against_parent, judgement.calibration, seed)
-    if judgement.against_champion is not None:
-        figures = judge.figures(judgement.against_champion, judgement.calibration, seed)
-        found["judge/win_rate_vs_champion"] = figures["judge/win_rate"]
-    return found
+    against = judgement.against_champion
+    if against is None:
+        return judge.figures(judgement.against_parent, judgement.calibration, seed)
+    found = judge.figures(judgement.against_parent, judgement.calibration, seed, beside=against.cost)
+    win_rate = judge.figures(against, judgement.calibration, seed)["judge/win_rate"]
+    return {**found, "judge/win_rate_vs_champion": win_rate}
 
 
 def _judgement(path: Path) -> Judgement | None:

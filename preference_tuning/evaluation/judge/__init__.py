@@ -15,7 +15,7 @@ from preference_tuning.evaluation.judge.calibration import Calibration, calibrat
 from preference_tuning.evaluation.judge.client import check, key_of
 from preference_tuning.evaluation.judge.comparison import Comparison, Judged, Opinion, compare, spread
 from preference_tuning.evaluation.judge.prompt import conversation
-from preference_tuning.evaluation.judge.replies import Cost
+from preference_tuning.evaluation.judge.replies import NOTHING, Cost
 from preference_tuning.evaluation.statistics import Figure
 
 __all__ = [
@@ -34,13 +34,16 @@ __all__ = [
 ]
 
 
-def figures(judged: Judged, calibration: Calibration, seed: int) -> dict[str, Figure]:
-    """Return all ``judge/*`` figures of a candidate; ``judge/calibrated`` is 1 if the judge is to be listened to."""
+def figures(judged: Judged, calibration: Calibration, seed: int, beside: Cost = NOTHING) -> dict[str, Figure]:
+    """Return all ``judge/*`` figures of a candidate; ``judge/calibrated`` is 1 if the judge is to be listened to.
+
+    What was spent ``beside`` these questions counts too.
+    """
     found = {
         **measures.of_comparisons(judged, seed),
         "agreement_with_labels": calibration.agreement,
         "injection_shift": calibration.injection_shift,
         "calibrated": Figure.exact(float(calibration.calibrated)),
-        **measures.of_cost(Cost.sum([judged.cost, calibration.cost])),
+        **measures.of_cost(Cost.sum([judged.cost, calibration.cost, beside])),
     }
     return {f"judge/{name}": figure for name, figure in found.items()}
