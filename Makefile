@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# Two workers share the cores; threads of their own would make them wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 export ZENML_ANALYTICS_OPT_IN = false
 
 .PHONY: quickstart test test-faults test-all lint format clean
@@ -17,13 +20,13 @@ quickstart: $(VENV)/.installed $(VENV)/.model
 	$(BIN)/python run.py train configs/quickstart.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "faults or whole"
+	$(PYTEST) -m "faults or whole"
 
 test-all: $(VENV)/.dev $(VENV)/.model
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ class Folders:
                 "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned}, "models": {},
                 "terms": {"candidate": "dpo", "references": {"dpo": "sft"}, "beta": 0.1, "config": {}, "champion": None},
                 "bonds": {}, "seal": "s",
-                "samples": [], "verdict": {"decision": "promote", "candidate": "dpo", "rules": []}, "seconds": 1,
+                "samples": [], "worse": [], "verdict": {"decision": "promote", "candidate": "dpo", "rules": []}, "seconds": 1,
             }
         )  # fmt: skip
         jobs.write_json(self.evaluation / "evaluation.json", evaluation.model_dump(mode="json"))
