@@ -9,7 +9,7 @@ from preference_tuning.registry.result import Registered, Result
 
 def render(result: Result, registered: Registered) -> str:
     """Return what was trained on what, the figures before and after, the verdict, and where everything lies."""
-    evaluation = load_summary(result.evaluation)
+    evaluation = load_summary(registered.evaluation)
     manifest = result.dataset.manifest
     stages = ", ".join(
         f"{stage.upper()} {record.steps} steps in {record.seconds:.0f} s" for stage, record in result.records().items()
