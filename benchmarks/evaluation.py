@@ -1,6 +1,6 @@
 """Scoring held-out pairs under base, SFT and DPO, against plain forwards over prompt plus answer with full logits.
 
-    .venv/bin/python benchmarks/evaluation.py [DATA] [PAIRS]
+    .venv/bin/python benchmarks/evaluation.py [DATA] [PAIRS] [REPETITIONS]
 
 Both sides in one process on the same model, adapters and pairs, in turn. The plain side is given one set of weights for
 all three states too (peft's own switch), and answers of similar length in batches; one answer at a time is measured on
@@ -19,7 +19,6 @@ from typing import Any
 
 from sides import ROOT, Setting
 
-REPETITIONS = 3
 STATES = ("base", "sft", "dpo")
 BATCH = 8
 
@@ -28,25 +27,26 @@ def main() -> None:
     """Measure and print."""
     data = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "data" / "direct_answers.jsonl"
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+    repetitions = int(sys.argv[3]) if len(sys.argv) > 3 else 3
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting.load(Path(folder), data, count)
         policy = setting.reset(ours=False)
         _second_adapter(policy)
         seconds: dict[str, list[float]] = {"ours": [], "plain, batches of 8": []}
         found: dict[str, Any] = {}
-        for _ in range(REPETITIONS):
+        for _ in range(repetitions):
             for name, score in {"ours": _ours, "plain, batches of 8": _plain}.items():
                 start = time.perf_counter()
                 found[name] = score(setting, policy, setting.pairs)
                 seconds[name].append(time.perf_counter() - start)
-        few = setting.pairs.select(range(min(len(setting.pairs), 40)))
+        few = setting.pairs.select(range(min(len(setting.pairs), 20)))
         start = time.perf_counter()
         _plain(setting, policy, few, batch=1)
         single = (time.perf_counter() - start) / len(few) * len(setting.pairs)
     error = max((found["ours"][s] - found["plain, batches of 8"][s]).abs().max().item() for s in STATES)
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["plain, batches of 8"], strict=True)]
     ours = statistics.median(seconds["ours"])
-    print(f"\n{'':32}{'seconds':>10}{'ratio':>8}   medians of {REPETITIONS}")
+    print(f"\n{'':32}{'seconds':>10}{'ratio':>8}   medians of {repetitions}")
     print(f"{'ours, with divergences':32}{ours:>10.1f}{1:>8.2f}")
     print(f"{'plain, batches of 8':32}{statistics.median(seconds['plain, batches of 8']):>10.1f}", end="")
     print(f"{statistics.median(ratios):>8.2f}")
