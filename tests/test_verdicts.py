@@ -370,9 +370,9 @@ def test_the_command(history: History, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(told.splitlines()) < 40, "one screen"
     assert f"model      version {history.rival.version.id} of preference-tuned (DPO)" in told
     assert f"champion   {history.improved.version.id}" in told
-    assert f"verdict    hold: reward accuracy less that of the champion {history.improved.version.id}" in told
+    assert "verdict    hold: " in told
     report = Path(told.splitlines()[-1].split()[-1])
-    assert (report.name, report.is_file()) == ("report.html", True)
+    assert f"reward accuracy less that of the champion {history.improved.version.id}" in report.read_text()
     code, told = evaluate("champion", "--config", str(path))
     assert (code, f"champion   {history.weak.version.id}" in told) == (0, True), "it is judged against the one before"
     code, told = evaluate(str(history.rival_trained.adapters["sft"]), "--config", str(path))
