@@ -32,6 +32,7 @@ from preference_tuning.config import (
 )
 from preference_tuning.data.job import fingerprints_of
 from preference_tuning.errors import find
+from preference_tuning.evaluation.job import inputs_of
 from preference_tuning.models.source import locate
 from steps.evaluate import evaluate
 from steps.load_preferences import load_preferences
@@ -84,6 +85,7 @@ def _training(
         sft_adapter=sft_adapter,
         dpo_adapter=tuned.get("dpo_adapter"),
         evaluation=evaluation,
+        evaluation_inputs=inputs_of(evaluation),
         beta=dpo.beta,
         max_length=dpo.length(base_model),
         **model,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from preference_tuning.config import RunConfig
 from preference_tuning.data import findings, job
 from preference_tuning.errors import ConfigError, PreferenceTuningError
-from preference_tuning.evaluation import harness, judge
+from preference_tuning.evaluation import general, harness, judge
 from preference_tuning.models.compute import check_packages
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
@@ -119,11 +119,12 @@ def _found(config: RunConfig) -> ModelSource | None:
 
 
 def _judges(config: RunConfig) -> str:
-    """Say who is asked beside the held-out pairs: a judge, lm-evaluation-harness."""
+    """Say what is asked and read beside the held-out pairs: a judge, lm-evaluation-harness, general text."""
     evaluation = config.evaluation
+    read = [f"{len(general.texts(Path(evaluation.general)))} general texts"] if evaluation.general else []
     asked = [judge.check(evaluation.judge)] if evaluation.judge else []
     asked += [harness.check(evaluation.lm_eval)] if evaluation.lm_eval else []
-    return "; ".join(asked) or "none"
+    return "; ".join([*asked, *read]) or "none"
 
 
 def _outputs(config: RunConfig) -> str:

@@ -23,6 +23,7 @@ def evaluate(
     base_model: BaseModelConfig,
     base_model_fingerprint: str,
     evaluation: EvaluationConfig,
+    evaluation_inputs: list[str],
     beta: float,
     max_length: int,
     dpo_adapter: Path | None = None,

@@ -127,6 +127,7 @@ dpo: {beta: 1}
         (MINIMAL + "  sft: {gradient_accumulation_steps: 0}\n", "greater than or equal to 1"),
         (MINIMAL + "  sft: {warmup_steps: 2.5}\n", "whole number of steps"),
         (MINIMAL + "  sft: {lr_scheduler_type: constant, warmup_steps: 5}\n", "sft.warmup_steps: has no effect with lr_scheduler_type constant"),
+        (MINIMAL + "  evaluation: {gate: {primary: judge/win_rate}}\n", "judge/win_rate needs a judge"),
         (MINIMAL + "  dpo: {label_smoothing: 0.1}\n", "has no effect with loss_type sigmoid"),
         (MINIMAL + "  dpo: {loss_type: exo_pair}\n", "must be above 0"),
         (MINIMAL + "  dpo: {loss_type: [sigmoid, sft], loss_weights: [1.0]}\n", "1 weights for 2"),

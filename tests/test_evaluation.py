@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from preference_tuning.config import EvaluationConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import sides
 from preference_tuning.errors import ConfigError, DataError
 from preference_tuning.evaluation import general
+from preference_tuning.evaluation.job import inputs_of
 
 
 def split_of(path: Path, *rows: tuple[str, str, str]) -> Path:
@@ -113,3 +115,17 @@ def test_general_text_is_scored_as_by_hand(tmp_path: Path) -> None:
     )
     assert set(general.figures(general.read(tmp_path / "g"), "base", None, 0)) == {"general/nll", "general/ppl"}
     assert general.figures({general.TOKENS: [1]}, "dpo", "sft", 0) == {}
+
+
+def test_another_text_is_another_evaluation(tmp_path: Path) -> None:
+    """By its content, for the cache of the step and the folder of the job; and a text of one token says nothing."""
+    text = tmp_path / "general.txt"
+    config = EvaluationConfig(general=str(text))
+    hashes = []
+    for words in ("One.", "Two."):
+        text.write_text(words, encoding="utf-8")
+        hashes.append(inputs_of(config))
+    assert hashes[0] != hashes[1]
+    assert inputs_of(EvaluationConfig()) == []
+    with pytest.raises(DataError, match="no text has more than one token"):
+        general.encode(["a"], SimpleNamespace(encode=lambda words: [1]), 8)

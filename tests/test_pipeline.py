@@ -216,6 +216,7 @@ def files(project: Project) -> list[str]:
         (["base_model.source=package:llm_nothing/x.gguf"], 2, "the Python package 'llm_nothing' is not installed"),
         (["output_dir=rows.jsonl"], 2, "is a file, not a folder"),
         (["registry.folder=configs"], 2, "not a registry of ours"),
+        (["evaluation.general=nowhere.txt"], 2, "evaluation.general: no such file"),
         (["tracking.mode=online"], 2, "needs COMET_API_KEY"),
         (["data.source=nowhere.jsonl", "registry.folder=configs"], 2, "no such file"),
     ],

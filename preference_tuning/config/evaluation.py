@@ -1,5 +1,6 @@
 """The section about evaluation: how models are scored on the held-out pairs, and the rules of the verdict."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -56,3 +57,8 @@ class EvaluationConfig(Section):
     judge: JudgeConfig | None = None
     """None: no judge is asked, and no win rate is shown."""
     lm_eval: HarnessConfig | None = None
+
+    def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""
+        if self.gate.primary == "judge/win_rate" and self.judge is None:
+            yield ("evaluation", "gate", "primary"), "judge/win_rate needs a judge; give evaluation.judge, or use auto"

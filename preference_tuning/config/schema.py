@@ -208,6 +208,7 @@ class RunConfig(Section):
         yield from _stage_contradictions("sft", self.sft)
         yield from _stage_contradictions("dpo", self.dpo)
         yield from _dpo_contradictions(self.dpo)
+        yield from self.evaluation.contradictions()
         yield from self.training.contradictions(self.base_model.backend, self.base_model.load_in_4bit)
         if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
             yield (

@@ -53,9 +53,15 @@ def _lines(path: Path, content: str) -> Iterator[str]:
 
 
 def encode(found: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
-    """Return the token ids of each text of two tokens and more, cut at ``longest``."""
+    """Return the token ids of each text of two tokens and more, cut at ``longest``.
+
+    Raises:
+        DataError: there is none: nothing comes after a first token.
+    """
     ids = [tokenizer.encode(text)[:longest] for text in found]
-    return [row for row in ids if len(row) > 1]
+    if not (kept := [row for row in ids if len(row) > 1]):
+        raise DataError(f"{WHERE}: no text has more than one token")
+    return kept
 
 
 def score(model: Any, rows: Sequence[list[int]], batch_size: int, base: Any, on: Callable[[int], object]) -> Any:

@@ -114,7 +114,7 @@ class EvaluationJob(jobs.Job):
         return {
             **self.model_dump(mode="json", include=names),
             "champion": self.champion and [self.champion.version, self.champion.hash],
-            "general": self.config.general and fingerprint.of_file(Path(self.config.general)),
+            "inputs": inputs_of(self.config),
             "base_model_fingerprint": self.source.fingerprint,
             "code": fingerprint.of_sources(MODULE),
         }
@@ -179,6 +179,12 @@ class Evaluated(BaseModel):
 
     evaluation: Evaluation
     evidence: Path
+
+
+def inputs_of(config: EvaluationConfig) -> list[str]:
+    """Return the hashes of what the config names beside the dataset: general text, and tasks of lm_eval."""
+    paths = [config.general, config.lm_eval.include_path if config.lm_eval else None]
+    return [fingerprint.of_path(Path(path)) for path in paths if path]
 
 
 def evaluate(job: EvaluationJob, again: bool = False) -> Evaluated:

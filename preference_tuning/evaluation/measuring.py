@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -158,7 +157,7 @@ class Measuring:
             return
         folder, seed = self.job.output_dir / "judge", self.job.config.seed
         folder.mkdir(parents=True, exist_ok=True)
-        key = os.environ.get(config.api_key_env) or None
+        key = judge.key_of(config)
         calibration = judge.calibrate(self._labelled(config), config, folder, key, seed)
         terms = self.job.terms
         parent = self._duels(terms.candidate, terms.references[terms.candidate])

@@ -225,7 +225,7 @@ class FolderRegistry:
                 jobs.write_text(self.folder / PREVIOUS, current.model_dump_json(indent=2) + "\n")
             pointer = Champion(version=id, since=datetime.now(UTC), seal=seal)
             jobs.write_text(self.folder / CHAMPION, pointer.model_dump_json(indent=2) + "\n")
-            _sync_directory(self.folder)
+            jobs.sync(self.folder)
 
     def verify(self, id: str) -> list[str]:
         """Return what differs from the manifest of a version, a line for each file; nothing if all is as published."""
@@ -329,20 +329,7 @@ def _put(aside: Path, folder: Path, name: str, manifest: BaseModel) -> None:
     """Complete what was written aside by its manifest, sync it and put it in place in one step."""
     (aside / name).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for path in sorted(aside.rglob("*")):
-        _sync_directory(path) if path.is_dir() else _sync_file(path)
-    _sync_directory(aside)
+        jobs.sync(path)
+    jobs.sync(aside)
     aside.rename(folder)
-    _sync_directory(folder.parent)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    jobs.sync(folder.parent)

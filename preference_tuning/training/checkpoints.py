@@ -5,7 +5,6 @@ was damaged later, which its manifest of hashes shows. Whatever is half written 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +63,7 @@ def publish(folder: Path, step: int, totals: Totals, identity: dict[str, Any]) -
     if place.exists():  # damaged: training went on from an older one and came here again
         _delete(place)
     written.rename(place)
-    _sync_file(folder)
+    jobs.sync(folder)
     rotate(folder)
 
 
@@ -203,12 +202,4 @@ def _delete(path: Path) -> None:
 
 def _sync(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder, folder.parent):
-        _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        jobs.sync(path)
