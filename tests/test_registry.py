@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from preference_tuning import jobs
 from preference_tuning.config import RegistryConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
-from preference_tuning.registry import folder as registry_folder
 from preference_tuning.registry.folder import FolderRegistry
 
 VERDICT = Verdict(decision="promote", candidate="dpo", rules=[])
@@ -109,8 +109,7 @@ def test_a_publication_killed_anywhere_leaves_nothing_half_visible(
         if calls == stop_at:
             raise Killed
 
-    monkeypatch.setattr(registry_folder, "_sync_file", count)
-    monkeypatch.setattr(registry_folder, "_sync_directory", count)
+    monkeypatch.setattr(jobs, "sync", count)
     for stop_at in range(1, 30):  # noqa: B007 (read by count)
         calls = 0
         try:
