@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""The command line: `train CONFIG`, `check CONFIG`, `data CONFIG-OR-PATH`, `evaluate MODEL`, `dashboard [RUN]`."""
+"""The command line: train, check, data, evaluate, registry, track, dashboard; `run.py COMMAND --help` says more."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before anything imports them: no telemetry, and only what matters on the screen.
 os.environ.setdefault("ZENML_ANALYTICS_OPT_IN", "false")
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare everything with what is stored; exit code 1 if the verdict does not hold",
     )
     verb.set_defaults(command=evaluate)
+    _add_registry(commands)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -82,6 +84,29 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--port", type=int, default=8237)
     verb.set_defaults(command=dashboard)
     return parser
+
+
+def _add_registry(commands: Any) -> None:
+    text = "list, compare, promote, take back, verify, push, export or clear versions"
+    verbs = commands.add_parser("registry", help=text, description=text).add_subparsers(required=True, metavar="VERB")
+    for name, text in {
+        "list": "every version: its verdict, its figures, which one is the champion",
+        "show": "all of one version: figures, data, base model, files, pushes",
+        "promote": "make a version the champion; its verdict must allow it",
+        "rollback": "make the previous champion the champion again",
+        "verify": "hash every file of a version again, load its model, and compare what it computes with what it did",
+        "push": "bring versions to the targets in the config; continues only what is missing",
+        "export": "write a version as a merged model, GGUF file or Ollama model",
+        "gc": "remove old versions; champion, previous and the last ones stay",
+    }.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("--config", type=Path, metavar="CONFIG", help="a run config; without it outputs/registry")
+        verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override")
+        if name not in ("list", "gc", "rollback"):
+            default = None if name in ("promote", "export") else "champion"
+            text = "`champion`, `previous`, an id or the beginning of one"
+            verb.add_argument("version", nargs="?" if default else None, default=default, metavar="VERSION", help=text)
+        verb.set_defaults(command=registry, verb=name)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -144,6 +169,18 @@ def evaluate(options: argparse.Namespace) -> None:
     from preference_tuning import assessment
 
     print(assessment.assess(options.what, loaded))
+
+
+def registry(options: argparse.Namespace) -> None:
+    """Do what a verb of `registry` says."""
+    from preference_tuning import config
+    from preference_tuning.errors import ConfigError
+
+    if options.set and options.config is None:
+        raise ConfigError("registry: --set overrides a config; name it with --config CONFIG")
+    loaded = config.load(options.config, options.set).config if options.config else None
+    section = loaded.registry if loaded else config.RegistryConfig()
+    raise NotImplementedError(section)
 
 
 def dashboard(options: argparse.Namespace) -> None:

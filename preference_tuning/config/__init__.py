@@ -8,11 +8,11 @@ from preference_tuning.config.evaluation import EvaluationConfig, GateConfig
 from preference_tuning.config.harness import HarnessConfig
 from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
+from preference_tuning.config.registry import CometPush, HuggingFacePush, MLflowPush, PushTarget, RegistryConfig
 from preference_tuning.config.schema import (
     BaseModelConfig,
     DPOConfig,
     LoraConfig,
-    RegistryConfig,
     RunConfig,
     SFTConfig,
     StageConfig,
@@ -23,15 +23,19 @@ from preference_tuning.config.training import TrainingConfig
 __all__ = [
     "BaseModelConfig",
     "Columns",
+    "CometPush",
     "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
     "GateConfig",
     "HarnessConfig",
+    "HuggingFacePush",
     "JudgeConfig",
     "LoraConfig",
+    "MLflowPush",
     "Origin",
     "Problems",
+    "PushTarget",
     "RegistryConfig",
     "RunConfig",
     "RunFile",

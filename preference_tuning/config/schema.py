@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.evaluation import EvaluationConfig
-from preference_tuning.config.section import Name, Section, Share, Text
+from preference_tuning.config.registry import RegistryConfig
+from preference_tuning.config.section import Section, Share, Text
 from preference_tuning.config.training import TrainingConfig
 from preference_tuning.errors import ConfigError
 
@@ -164,13 +165,6 @@ class DPOConfig(StageConfig):
     def length(self, base_model: BaseModelConfig) -> int:
         """Return the longest row in tokens: the recipe's ``max_length = max_seq_length // 2`` unless set."""
         return self.max_length or base_model.max_seq_length // 2
-
-
-class RegistryConfig(Section):
-    """Where results become versions."""
-
-    folder: Text = "outputs/registry"
-    name: Name = "preference-tuned"
 
 
 class TrackingConfig(Section):

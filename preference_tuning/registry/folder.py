@@ -122,6 +122,17 @@ class FolderRegistry:
         """Return the ids of all versions."""
         return sorted(path.parent.name for path in self.folder.glob(f"versions/[!.]*/{MANIFEST}"))
 
+    def read(self, name: str) -> str | None:
+        """Return a small file of this name's folder, such as a receipt, or None if there is none."""
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file of this name's folder so that a reader finds the old one or the new one."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jobs.write_text(path, text)
+
     def check_writable(self) -> None:
         """Make sure that a version could be written here, leaving no trace if nothing was here before.
 
