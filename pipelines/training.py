@@ -5,6 +5,7 @@ Wiring and cache policy, nothing else. It starts with `python run.py train CONFI
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from preference_tuning.config import (
 from preference_tuning.data.job import fingerprints_of
 from preference_tuning.errors import find
 from preference_tuning.evaluation.job import inputs_of
-from preference_tuning.models.source import locate
+from preference_tuning.models.source import locate, template_file
 from steps.evaluate import evaluate
 from steps.load_preferences import load_preferences
 from steps.register import register
@@ -41,10 +42,14 @@ from steps.train_dpo import train_dpo
 from steps.train_sft import train_sft
 
 
-def covering(*modules: str) -> CachePolicy:
-    """Return the cache policy of a step that runs on ``modules``: an edit of any code they use runs it again."""
-    root = fingerprint.PACKAGE.parent
-    return CachePolicy(file_dependencies=[str(path.relative_to(root)) for path in fingerprint.sources(*modules)])
+def covering(base_model: BaseModelConfig, *modules: str) -> CachePolicy:
+    """Return the cache policy of a step that runs on ``modules``: an edit of any code they use runs it again.
+
+    So does an edit of the chat template's file, of which the step's parameters hold the name only.
+    """
+    root, template = fingerprint.PACKAGE.parent, template_file(base_model)
+    files = [*fingerprint.sources(*modules), *([template] if template else [])]
+    return CachePolicy(file_dependencies=[os.path.relpath(path, root) for path in files])
 
 
 def _training(
@@ -64,13 +69,13 @@ def _training(
     # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
     model: dict[str, Any] = {"base_model": base_model, "base_model_fingerprint": locate(base_model).fingerprint}
 
-    dataset, _ = load_preferences.with_options(cache_policy=covering("preference_tuning.data"))(
+    dataset, _ = load_preferences.with_options(cache_policy=covering(base_model, "preference_tuning.data"))(
         data=data,
         source_fingerprints=fingerprints_of(data),
         max_length=dpo.length(base_model),
         **model,
     )
-    policy = covering("preference_tuning.training")
+    policy = covering(base_model, "preference_tuning.training")
     sft_adapter, sft_evidence, _ = train_sft.with_options(cache_policy=policy)(
         dataset=dataset, lora=lora, sft=sft, training=training, **model
     )
@@ -80,7 +85,7 @@ def _training(
             dataset=dataset, sft_adapter=sft_adapter, dpo=dpo, training=training, **model
         )
         tuned = {"dpo_adapter": dpo_adapter, "dpo_evidence": dpo_evidence}
-    scores, _ = evaluate.with_options(cache_policy=covering("preference_tuning.evaluation"))(
+    scores, _ = evaluate.with_options(cache_policy=covering(base_model, "preference_tuning.evaluation"))(
         dataset=dataset,
         sft_adapter=sft_adapter,
         dpo_adapter=tuned.get("dpo_adapter"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from preference_tuning import preflight
-from preference_tuning.config import EvaluationConfig, RunConfig, TrackingConfig
+from preference_tuning.config import EvaluationConfig, RunConfig, TrackingConfig, portable
 from preference_tuning.data import job as data_job
 from preference_tuning.data import sides
 from preference_tuning.data.table import SPLIT, Dataset
@@ -112,7 +112,7 @@ def _no_model(folder: Path) -> str | None:
 
 def _check_base(candidate: Candidate, source: ModelSource, config: RunConfig) -> None:
     """Refuse a model that was tuned from another base model than the config's."""
-    told, ours = None, config.base_model.source
+    told, ours = None, portable(config.base_model.source)
     if candidate.version is not None:
         if candidate.version.base_model["fingerprint"] != source.fingerprint:
             told = f"{candidate.version.base_model['source']} ({candidate.version.base_model['fingerprint'][:16]})"

@@ -26,7 +26,7 @@ GROUND = {"errors", "events", "failures", "fingerprint", "jobs", "progress", "re
 ROOMS = {
     "errors": set(),
     "interruption": set(),
-    "events": set(),
+    "events": {"config"},
     "failures": {"errors"},
     "fingerprint": set(),
     "progress": set(),

@@ -8,6 +8,7 @@ from preference_tuning.config.evaluation import EvaluationConfig, GateConfig
 from preference_tuning.config.harness import HarnessConfig
 from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
+from preference_tuning.config.place import portable
 from preference_tuning.config.registry import CometPush, HuggingFacePush, MLflowPush, PushTarget, RegistryConfig
 from preference_tuning.config.schema import (
     BaseModelConfig,
@@ -18,9 +19,11 @@ from preference_tuning.config.schema import (
     StageConfig,
     TrackingConfig,
 )
+from preference_tuning.config.section import PORTABLE
 from preference_tuning.config.training import TrainingConfig
 
 __all__ = [
+    "PORTABLE",
     "BaseModelConfig",
     "Columns",
     "CometPush",
@@ -47,4 +50,5 @@ __all__ = [
     "TrainingConfig",
     "load",
     "load_data",
+    "portable",
 ]

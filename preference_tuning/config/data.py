@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
+from preference_tuning.config.place import Source
 from preference_tuning.config.section import Section, Share, Text
 
 Loss = Literal["drop", "error"]
@@ -55,9 +56,9 @@ class Columns(Section):
 class Origin(Section):
     """Where rows come from."""
 
-    source: Text
+    source: Source
     """A .jsonl, .json, .csv or .parquet file (text forms also as .gz or .zst), a directory saved by datasets, a hub id,
-    or, with ``allow_urls``, the http(s) address of such a file."""
+    or, with ``allow_urls``, the http(s) address of such a file; ``env:NAME``: what the environment variable holds."""
     revision: Text | None = None
     """Branch, tag or commit of a hub id; resolved to a commit before anything runs. None: the main branch."""
     split: Text = "train"
@@ -141,7 +142,7 @@ class Problems(Section):
 class DataConfig(SourceConfig):
     """The preference data: its sources, what to do with rows that have a problem, and the split."""
 
-    source: Text | None = None  # type: ignore[assignment]
+    source: Source | None = None  # type: ignore[assignment]
     """As in ``SourceConfig``; or several of them under ``sources``."""
     sources: tuple[SourceConfig, ...] = ()
     """Several sources, mixed."""

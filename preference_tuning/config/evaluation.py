@@ -7,7 +7,8 @@ from pydantic import Field
 
 from preference_tuning.config.harness import HarnessConfig
 from preference_tuning.config.judge import JudgeConfig
-from preference_tuning.config.section import Section, Text
+from preference_tuning.config.place import Place
+from preference_tuning.config.section import Section
 
 Primary = Literal[
     "auto", "rewards/accuracies", "likelihood/accuracy", "likelihood/accuracy_norm", "nll/chosen", "judge/win_rate"
@@ -51,7 +52,7 @@ class EvaluationConfig(Section):
     max_new_tokens: int = Field(96, ge=1, le=4096)
     seed: int = Field(42, ge=0)
     """Of the bootstrap's resamples, and of the sampled answers."""
-    general: Text | None = None
+    general: Place | None = None
     """A .txt or .jsonl file of general text, whose loss shows what a model forgets; see docs/evaluation.md."""
     gate: GateConfig = GateConfig()
     judge: JudgeConfig | None = None

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from preference_tuning.config.place import Place
 from preference_tuning.config.section import Section, Text
 
 
@@ -12,7 +13,7 @@ class HarnessConfig(Section):
 
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Names of tasks, groups or tags in ``include_path``; the harness's own tasks would need the hub."""
-    include_path: Text
+    include_path: Place
     """The folder of their YAML files, and best of their data."""
     limit: int | None = Field(None, ge=1)
     """Examples of each task, from its beginning. None: all."""

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from preference_tuning.config import secrecy
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.schema import RunConfig
 from preference_tuning.config.section import UNSHOWN, Section
@@ -321,7 +322,10 @@ def _explain(item: Any, loc: KeyPath) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
         message = "must start with a letter or digit and hold only letters, digits, '.', '_' and '-' (96 at most)"
-    return f"{item['input']!r}: {message[0].lower() + message[1:]}"
+    shown = repr(item["input"])
+    if secrecy.looks_like(shown):
+        shown = "(not shown)"
+    return f"{shown}: {message[0].lower() + message[1:]}"
 
 
 def _fields(path: KeyPath) -> Iterable[str]:
@@ -361,6 +365,8 @@ def _copy(value: Any) -> Any:
 
 def _check_zenml_part(document: _Document) -> None:
     values = document.values
+    for path, message in secrecy.problems(values):
+        document.problem(path, message)
     for key in values:
         if key not in ZENML_KEYS:
             hint = f"; it belongs under parameters: {key}" if key in RunConfig.model_fields else ""

@@ -4,9 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, StringConstraints, Tag
 
+from preference_tuning.config.place import Place
 from preference_tuning.config.section import Name, Section, Text
 
 RepoId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+
+
+Licence = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", to_lower=True)]
 
 
 class PushConfig(Section):
@@ -43,7 +47,7 @@ class MLflowPush(PushConfig):
     """MLflow's model registry, as pointers to the versions here; needs the mlflow extra."""
 
     to: Literal["mlflow"]
-    tracking_uri: Text
+    tracking_uri: Place
     name: Name | None = None
     """None: the registry's own."""
 
@@ -68,7 +72,9 @@ PushTarget = Annotated[
 class RegistryConfig(Section):
     """Where results become versions."""
 
-    folder: Text = "outputs/registry"
+    folder: Place = "outputs/registry"
     name: Name = "preference-tuned"
+    license: Licence | None = None
+    """Of the versions, as the hub calls it, such as ``apache-2.0``. None: the base model's, where that is known."""
     push: tuple[PushTarget, ...] = ()
     """Where versions are pushed, each with a receipt."""

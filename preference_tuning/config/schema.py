@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.evaluation import EvaluationConfig
+from preference_tuning.config.place import Place
 from preference_tuning.config.registry import RegistryConfig
 from preference_tuning.config.section import Section, Share, Text
 from preference_tuning.config.training import TrainingConfig
@@ -27,7 +28,7 @@ SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
 class BaseModelConfig(Section):
     """The model that is tuned, and how it is loaded."""
 
-    source: Text
+    source: Place
     """A hub id, a local directory, a .gguf file, or ``package:NAME/FILE`` for a file of an installed Python package."""
     revision: Text | None = None
     """Branch, tag or commit of a hub id; resolved to a commit before anything runs. None: the main branch."""
@@ -44,7 +45,7 @@ class BaseModelConfig(Section):
     """Quantise the frozen weights to 4 bits with bitsandbytes (QLoRA); CUDA only."""
     max_seq_length: int = Field(2048, ge=16, le=1_048_576)
     """Longest row, in tokens, that SFT trains on."""
-    chat_template: Text | None = None
+    chat_template: Place | None = None
     """None: the tokenizer's own. ``chatml``, or the path of a Jinja file, replaces it; it is saved with the model."""
 
 
@@ -181,7 +182,7 @@ class RunConfig(Section):
     """One run: the ``parameters`` of the pipeline."""
 
     finetuning_type: Literal["sft", "dpo"] = "sft"
-    output_dir: Text = "outputs"
+    output_dir: Place = "outputs"
     base_model: BaseModelConfig
     lora: LoraConfig | None = LoraConfig()
     """null trains every weight instead, kept in fp32: 16 bytes a parameter with AdamW, and a rate far below LoRA's."""

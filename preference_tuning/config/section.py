@@ -1,6 +1,6 @@
 """What all sections of a run config have in common."""
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
@@ -10,6 +10,10 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 UNSHOWN: Final = "unshown"
 """The type of an error whose message must not show the value, because it may be a key."""
+
+
+PORTABLE: Final = {"portable": True}
+"""The context of a dump whose places (``config.place``) tell nothing of this machine."""
 
 
 class Section(BaseModel):
@@ -28,3 +32,7 @@ class Section(BaseModel):
         if wants_bool and not isinstance(value, bool):
             raise ValueError("must be true or false")
         return value
+
+    def portable(self) -> Self:
+        """Return the section as it is hashed and published: every place without what is of this machine only."""
+        return self.model_validate(self.model_dump(exclude_unset=True, context=PORTABLE))

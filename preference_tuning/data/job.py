@@ -6,11 +6,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, DataConfig, RunConfig
+from preference_tuning.config import PORTABLE, BaseModelConfig, DataConfig, RunConfig
 from preference_tuning.data import findings, sides, sources
 from preference_tuning.data.table import SPLIT, Dataset, Manifest
 from preference_tuning.errors import DataError
-from preference_tuning.models.source import ModelSource
+from preference_tuning.models.source import ModelSource, template_of
 
 MODULE = "preference_tuning.data"
 DATASET = "dataset"
@@ -39,18 +39,12 @@ class DataJob(jobs.Job):
         """Return what makes two jobs the same work: content and settings, never places or times."""
         tokens = self.tokens and {
             "model": self.tokens.source.fingerprint,
-            "template": _template(self.tokens.base_model.chat_template),
+            "template": template_of(self.tokens.base_model),
             "lengths": [self.tokens.max_length, self.tokens.sft_length],
         }
-        config = self.config.model_dump(mode="json")
+        config = self.config.model_dump(mode="json", context=PORTABLE)
         code = fingerprint.of_sources(MODULE)
         return {"config": config, "fingerprints": self.fingerprints, "tokens": tokens, "code": code}
-
-
-def _template(setting: str | None) -> str | None:
-    """Return the chat template that the config sets: its name, or what is in its file."""
-    path = Path(setting or "").expanduser()
-    return path.read_text(encoding="utf-8") if path.is_file() else setting
 
 
 def fingerprints_of(config: DataConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preference_tuning.config import DataConfig, Origin
+from preference_tuning.config import DataConfig, Origin, portable
 from preference_tuning.data import pairing, sources, table
 from preference_tuning.data.across import KeyWriter
 from preference_tuning.data.content import Keys, TextRules, keys_of, share_of
@@ -210,12 +210,15 @@ class Reader:
 
 
 def names_of(origins: Sequence[Origin], readings: Sequence[sources.Reading]) -> list[str]:
-    """Return what reports call the sources: the name given, else that of the file, the whole path if it takes that."""
-    short = [Path(reading.name).name or reading.name for reading in readings]
-    return [
-        origin.name or (file if short.count(file) == 1 else reading.name)
-        for origin, reading, file in zip(origins, readings, short, strict=True)
-    ]
+    """Return what reports call the sources: the name given, else that of the file, as much as it takes of its path.
+
+    What is of this machine only is no part of a name: files of one name in other folders are told apart by a number.
+    """
+    places = [portable(reading.name) for reading in readings]
+    short = [Path(place).name or place for place in places]
+    told = [file if short.count(file) == 1 else place for place, file in zip(places, short, strict=True)]
+    numbered = [f"{name} ({told[:i].count(name) + 1})" if told.count(name) > 1 else name for i, name in enumerate(told)]
+    return [origin.name or name for origin, name in zip(origins, numbered, strict=True)]
 
 
 def with_progress(reading: sources.Reading, name: str) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from scipy import stats
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, HarnessConfig
+from preference_tuning.config import PORTABLE, BaseModelConfig, HarnessConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.statistics import CONFIDENCE, Figure
 from preference_tuning.models.source import ModelSource
@@ -43,7 +43,7 @@ class HarnessJob(jobs.Job):
         """Return what makes two of them the same work."""
         names = {"config", "base_model", "adapter_hashes", "batch_size", "seed"}
         return {
-            **self.model_dump(mode="json", include=names),
+            **self.model_dump(mode="json", include=names, context=PORTABLE),
             "base_model_fingerprint": self.source.fingerprint,
             "tasks": fingerprint.of_directory(Path(self.config.include_path)),
             "code": fingerprint.of_sources(MODULE),

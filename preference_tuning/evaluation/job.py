@@ -6,14 +6,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, EvaluationConfig
+from preference_tuning.config import PORTABLE, BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import catalogue, statistics
 from preference_tuning.evaluation.deciding import Reigning, Terms
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.evaluation.metrics import BASE, CHAMPION
 from preference_tuning.models.chat import Room
-from preference_tuning.models.source import ModelSource
+from preference_tuning.models.source import ModelSource, template_of
 from preference_tuning.tracking.comet import CometRun
 
 MODULE = "preference_tuning.evaluation"
@@ -89,7 +89,7 @@ class EvaluationJob(jobs.Job):
             candidate=list(self.adapters)[-1],
             references=self.references,
             beta=self.beta,
-            config=self.config,
+            config=self.config.portable(),
             champion=reigning,
         )
 
@@ -112,10 +112,11 @@ class EvaluationJob(jobs.Job):
         names = {"base_model", "config", "data_fingerprint", "adapter_hashes", "beta", "max_length"}
         names |= {"max_prompt_length", "keep_end"}
         return {
-            **self.model_dump(mode="json", include=names),
+            **self.model_dump(mode="json", include=names, context=PORTABLE),
             "champion": self.champion and [self.champion.version, self.champion.hash],
             "inputs": inputs_of(self.config),
             "base_model_fingerprint": self.source.fingerprint,
+            "chat_template": fingerprint.of_value(template_of(self.base_model)),
             "code": fingerprint.of_sources(MODULE),
         }
 

@@ -29,13 +29,25 @@ def locate(config: BaseModelConfig, expected: str | None = None) -> ModelSource:
     Raises:
         ConfigError: nothing is there, what is there is not a model, or it is not the one with the hash ``expected``.
     """
-    source = _locate(config if expected is None else _pinned(config, expected))
+    source = _locate(config if expected is None else pinned(config, expected))
     if expected is not None and source.fingerprint != expected:
         raise ConfigError(f"base_model.source: {config.source} changed while the run was going on; start it anew")
     return source
 
 
-def _pinned(config: BaseModelConfig, fingerprint_: str) -> BaseModelConfig:
+def template_file(config: BaseModelConfig) -> Path | None:
+    """Return the file of the chat template that the config names, if it names one."""
+    path = Path(config.chat_template or "").expanduser()
+    return path.absolute() if path.is_file() else None
+
+
+def template_of(config: BaseModelConfig) -> str | None:
+    """Return the chat template that the config sets: its name, or what is in its file."""
+    path = template_file(config)
+    return path.read_text(encoding="utf-8") if path else config.chat_template
+
+
+def pinned(config: BaseModelConfig, fingerprint_: str) -> BaseModelConfig:
     """Return the config of a hub id with its commit, so that a branch that moves during a run changes nothing."""
     return config.model_copy(update={"revision": fingerprint_}) if hub.COMMIT.match(fingerprint_) else config
 

@@ -8,13 +8,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from preference_tuning.config import BaseModelConfig
+from preference_tuning.config import BaseModelConfig, portable
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 SHARD_SIZE = "5GB"
 """Largest file of a saved full model; a larger model lies in several, listed in its index."""
+
+KEPT = (".safetensors", ".json", ".jinja", ".txt")
+"""What is kept of all that libraries save: weights, settings, tokenizer and templates. No pickle, no model card that
+peft makes up, no second form of a vocabulary that ``tokenizer.json`` has."""
 
 LARGEST = 1e4
 """No healthy weight is larger."""
@@ -44,7 +48,7 @@ def save(
         model: a PeftModel, whose adapter is written, or a transformers model, written whole in its own precision.
         tokenizer: with the chat template of the run.
         folder: made if it is not there.
-        config: where the base model comes from; an adapter's settings say so.
+        config: where the base model comes from, a hub id at its commit; an adapter's settings say so.
         gathered: the weights of a model that is shared out over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,14 +59,16 @@ def save(
         model.config.use_cache = True
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE, state_dict=gathered)
     tokenizer.save_pretrained(folder)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix not in KEPT:
+            path.unlink()
 
 
 def _save_adapter(model: Any, folder: Path, config: BaseModelConfig, gathered: dict[str, Any] | None) -> None:
     model.save_pretrained(folder, selected_adapters=["default"], state_dict=gathered)
-    (folder / "README.md").unlink(missing_ok=True)
     path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = config.source
+    settings["base_model_name_or_path"] = portable(config.source)
     settings["revision"] = config.revision
     # A set in peft: its order follows PYTHONHASHSEED.
     settings["target_modules"] = sorted(settings["target_modules"])

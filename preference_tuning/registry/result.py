@@ -99,7 +99,9 @@ def register(result: Result, config: RegistryConfig) -> Registered:
     )
     if version.metrics.get("seal") != evaluation.seal:
         # The same model was published with the evaluation of another day.
-        registry.keep_decision(version.id, kept, result.config.model_dump(mode="json"), evaluation.seal, verdict)
+        registry.keep_decision(
+            version.id, kept, result.config.portable().model_dump(mode="json"), evaluation.seal, verdict
+        )
     if verdict.decision == "promote":
         registry.promote(version.id, evaluation.seal)
     unfinished.clear(result.output_dir)
@@ -187,7 +189,7 @@ def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str
             "source_fingerprints": [source.fingerprint for source in manifest.sources],
             **manifest.model_dump(include={"fingerprint", "split_fingerprint", "train", "held_out"}),
         },
-        "config": result.config.model_dump(mode="json"),
+        "config": result.config.portable().model_dump(mode="json"),
         "code": fingerprint.of_sources("preference_tuning.training", "preference_tuning.evaluation"),
         "metrics": {
             "pairs": evaluation.pairs,

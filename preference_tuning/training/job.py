@@ -6,14 +6,14 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
+from preference_tuning.config import PORTABLE, BaseModelConfig, DPOConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.events import Event
 from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.devices import processes_of
-from preference_tuning.models.source import ModelSource
+from preference_tuning.models.source import ModelSource, template_of
 from preference_tuning.tracking.comet import CometRun
 from preference_tuning.training import checkpoints, unfinished
 
@@ -103,10 +103,11 @@ class TrainingJob(jobs.Job):
         """Return what makes two jobs the same work: content and settings, never places or times."""
         names = {"stage", "base_model", "lora", "sft", "dpo", "split", "data_fingerprint"}
         names |= {"max_prompt_length", "keep_end", "processes", "fsdp"}
-        kept = self.model_dump(mode="json", include=names)
+        kept = self.model_dump(mode="json", include=names, context=PORTABLE)
         return {
             **kept,
             "base_model_fingerprint": self.source.fingerprint,
+            "chat_template": fingerprint.of_value(template_of(self.base_model)),
             "adapter_hash": self.adapter_hash,
             "code": fingerprint.of_sources(MODULE),
         }

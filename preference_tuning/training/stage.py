@@ -13,6 +13,7 @@ from preference_tuning import events, fingerprint, jobs
 from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.jobs import stopping
 from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, weights
+from preference_tuning.models.source import pinned
 from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read
 from preference_tuning.training import arguments, callbacks, checkpoints, disk, processes, reference, report, trainers
@@ -149,7 +150,8 @@ class Stage:
 
     def _save(self, trainer: Any, gathered: dict[str, Any] | None) -> Path:
         folder = self.folder / jobs_of_training.ADAPTER
-        weights.save(trainer.model, self.base.tokenizer, folder, self.job.base_model, gathered)
+        base_model = pinned(self.job.base_model, self.job.source.fingerprint)
+        weights.save(trainer.model, self.base.tokenizer, folder, base_model, gathered)
         if problem := weights.problem(folder):
             shutil.rmtree(folder)
             stage = self.job.stage.upper()

@@ -3,8 +3,8 @@
 ``fingerprint_of`` says what is there, ``open_source`` reads it. Each failure is one DataError.
 """
 
+import logging
 import os
-import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from preference_tuning import fingerprint, hub
 from preference_tuning.config import Origin, SourceConfig
+from preference_tuning.config.place import ENVIRONMENT, SCHEME, address_alone
 from preference_tuning.data.pair import Row
 from preference_tuning.data.sources import files, json_rows, tabular
 from preference_tuning.data.sources.files import Reading, first_line
@@ -22,7 +23,6 @@ from preference_tuning.errors import ConfigError, DataError
 
 ROOTS = "PREFERENCE_TUNING_DATA_ROOTS"
 """Environment variable: the folders that local sources must lie in, where a config is not to be trusted with more."""
-SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")
 READERS: dict[str, files.Reader] = {
     ".csv": tabular.csv_rows,
     ".json": json_rows.json_rows,
@@ -41,11 +41,12 @@ def fingerprint_of(config: Origin, allow_urls: bool = False) -> str:
         DataError: there is no such source, or it cannot be read or is not allowed.
         ConfigError: the hub has no such dataset or revision, or a local path has a revision.
     """
+    config = _resolved(config)
     path = _located(config, allow_urls)
     if path is None:
         return hub.resolve_commit(config.source, config.revision, "dataset")
     if config.revision:
-        what = f"{_shown(config.source)} is a {'web address' if SCHEME.match(config.source) else 'local path'}"
+        what = f"{address_alone(config.source)} is a {'web address' if SCHEME.match(config.source) else 'local path'}"
         raise ConfigError(f"data.revision: {what}, which has no revision; remove it")
     try:
         return fingerprint.of_path(path)
@@ -59,14 +60,15 @@ def open_source(config: Origin, commit: str | None, max_row_bytes: int, allow_ur
     Raises:
         DataError: with the name and place of what cannot be read.
     """
+    config = _resolved(config)
     path = _located(config, allow_urls)
     if path is None:
         return _from_hub(config, commit, max_row_bytes)
     if path.is_dir():
         return _from_directory(config, path, max_row_bytes)
     if getattr(config, "test_split", "none") not in ("auto", "none"):
-        raise DataError(f"data.test_split: {_shown(config.source)} is a file, which has no splits; remove it")
-    name = _shown(config.source)
+        raise DataError(f"data.test_split: {address_alone(config.source)} is a file, which has no splits; remove it")
+    name = address_alone(config.source)
     kind, _ = files.kind_of(path)
     try:
         if kind == ".parquet":
@@ -76,13 +78,14 @@ def open_source(config: Origin, commit: str | None, max_row_bytes: int, allow_ur
         raise DataError(f"data.source: cannot read {path}: {error.strerror}") from None
 
 
-def _shown(source: str) -> str:
-    """Return a source as messages name it: an address without user, password and query, which may be secrets."""
-    if not SCHEME.match(source):
-        return source
-    scheme, _, rest = source.partition(":")
-    netloc, slash, path = rest.lstrip("/").partition("/")
-    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{re.split('[?#]', path)[0]}"
+def _resolved(config: Origin) -> Origin:
+    """Return the origin with what its environment variable holds, if it names one."""
+    if not config.source.startswith(ENVIRONMENT):
+        return config
+    name = config.source.removeprefix(ENVIRONMENT)
+    if not (source := os.environ.get(name, "").strip()):
+        raise DataError(f"data.source: the environment variable {name} is not set; it holds the address to read")
+    return config.model_copy(update={"source": source})
 
 
 def _located(config: Origin, allow_urls: bool) -> Path | None:
@@ -100,7 +103,7 @@ def _located(config: Origin, allow_urls: bool) -> Path | None:
             _check_file(path)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~ of nobody, a malformed address
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise DataError(f"data.source: cannot read {_shown(config.source)[:200]}: {reason}") from None
+        raise DataError(f"data.source: cannot read {address_alone(config.source)[:200]}: {reason}") from None
     return path
 
 
@@ -147,7 +150,7 @@ DOWNLOADS = Downloads()
 
 
 def _downloaded(url: str, allow_urls: bool) -> Path:
-    shown, scheme = _shown(url), urlsplit(url).scheme.lower()
+    shown, scheme = address_alone(url), urlsplit(url).scheme.lower()
     if scheme not in ("http", "https"):
         raise DataError(f"data.source: {shown}: {scheme} addresses are not read; use a path, a hub id or https")
     if not allow_urls:
@@ -166,6 +169,8 @@ def _downloaded(url: str, allow_urls: bool) -> Path:
 def _fetch(url: str, path: Path) -> None:
     import httpx
 
+    # It logs every address whole, with what may be a key in it.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     packed = files.kind_of(path)[1]
     # The bytes are wanted as they lie on the server: a .gz must not be unpacked on the way.
     as_it_lies = {"Accept-Encoding": "identity"}
@@ -173,12 +178,12 @@ def _fetch(url: str, path: Path) -> None:
         client = httpx.Client(follow_redirects=True, max_redirects=3, timeout=30, headers=as_it_lies)
         with client, client.stream("GET", url) as response:
             if not response.is_success:
-                raise DataError(f"data.source: {_shown(url)}: the server answers {response.status_code}")
+                raise DataError(f"data.source: {address_alone(url)}: the server answers {response.status_code}")
             with path.open("wb") as stream:
                 for piece in response.iter_raw() if packed else response.iter_bytes():
                     stream.write(piece)
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as error:
-        raise DataError(f"data.source: cannot download {_shown(url)}: {first_line(error)}") from None
+        raise DataError(f"data.source: cannot download {address_alone(url)}: {first_line(error)}") from None
 
 
 class Saved(Reading):
