@@ -11,7 +11,7 @@ REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors", "README.md"]
 
 
 def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model", "dataset"]) -> str:
@@ -63,6 +63,18 @@ def download_model(repo_id: str, commit: str) -> Path:
 def download_tokenizer(repo_id: str, commit: str) -> Path:
     """Return the local folder of a model repository at ``commit`` with everything but the weights."""
     return _download(repo_id, commit, TOKENIZER_FILES)
+
+
+def model_card(repo_id: str, commit: str) -> Path | None:
+    """Return the local file of a model's card at ``commit``, or None: it has none, or cannot be had now."""
+    import httpx
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(repo_id, "README.md", revision=commit, etag_timeout=10))
+    except (httpx.TransportError, HfHubHTTPError, OSError, ValueError):  # what it says is good to know, no more
+        return None
 
 
 def _download(repo_id: str, commit: str, files: list[str]) -> Path:

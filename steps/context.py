@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zenml import get_step_context
 from zenml.client import Client
+from zenml.utils.dashboard_utils import get_run_url
 
 from preference_tuning import interruption
 from preference_tuning.config import JudgeConfig, RunConfig
@@ -35,6 +36,12 @@ class Run:
     def model(self) -> str:
         """Whose training this is: the name in the registry."""
         return self.config.registry.name
+
+    def names(self) -> dict[str, str]:
+        """Return what the run is called where it can be seen; its address if ZenML has a server."""
+        url = get_run_url(get_step_context().pipeline_run)
+        comet = {"comet_experiment": self.comet.experiment_key} if self.config.tracking.mode != "off" else {}
+        return {"zenml_run": self.name, "zenml_run_id": self.id, **({"zenml_url": url} if url else {}), **comet}
 
     @property
     def comet(self) -> CometRun:

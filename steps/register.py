@@ -43,7 +43,7 @@ def register(
         config=run.config,
         comet=run.comet,
         output_dir=run.output_dir.absolute(),
-        run={"zenml_run": run.name, "zenml_run_id": run.id, "comet_experiment": run.comet.experiment_key},
+        run=run.names(),
     )
     give_key_to(run.config.evaluation.judge)
     registered = result.register(outcome, registry)

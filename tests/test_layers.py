@@ -13,7 +13,7 @@ OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
     "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
-    "huggingface_hub": {"hub.py"},
+    "huggingface_hub": {"hub.py", "registry/card.py"},
     "lm_eval": {"evaluation/harness.py"},
     "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +28,13 @@ from preference_tuning import fingerprint, jobs
 from preference_tuning.config import RegistryConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
+from preference_tuning.registry import contents
 
 MARK, MANIFEST, CHAMPION, PREVIOUS = "registry.json", "manifest.json", "champion.json", "previous.json"
 DECISION, CARD = "decision.json", "README.md"
 FORMAT = {"format": "preference-tuning registry", "version": 1}
-REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-"""Pickles: never part of a version."""
+CHARTS = "charts/"
+"""The card's charts, beside it."""
 
 
 class Version(BaseModel):
@@ -52,6 +53,12 @@ class Version(BaseModel):
     metrics: dict[str, Any]
     verdict: Verdict
     run: dict[str, str]
+    licence: str | None = None
+    """As the hub calls it; None: not known."""
+    software: dict[str, str | bool | None] = {}
+    """What made it: versions, the commit of this project, and whether files of it were changed (``modified``)."""
+    links: dict[str, str] = {}
+    """Where more is to be seen: the run in ZenML, the experiment in Comet."""
     seal: str | None = None
     """Hash over the other fields; None in versions from before there was one."""
 
@@ -166,20 +173,22 @@ class FolderRegistry:
             raise PreferenceTuningError(f"registry: no version {id!r} of {self.name!r} in {self.root}")
         return Version.model_validate_json(path.read_text(encoding="utf-8"))
 
-    def publish(self, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
+    def publish(
+        self, model: Path, evidence: dict[str, Path], card: Mapping[str, str], facts: dict[str, Any]
+    ) -> Version:
         """Store a result as a version and return it; the version that already holds this model, if one does.
 
         Args:
             model: folder of the adapter or full model, its tokenizer and template.
             evidence: folders to keep beside it, by name.
-            card: the model card.
+            card: the model card and its charts, by the name that each gets in the model's folder.
             facts: the other fields of ``Version``.
 
         Raises:
             PreferenceTuningError: the model holds files that must not be published, or cannot be written.
         """
-        if pickles := [name for name in fingerprint.manifest(model) if name.endswith(REFUSED)]:
-            raise PreferenceTuningError(f"registry: {', '.join(pickles)}: pickled files are not published")
+        if refused := contents.problems(model, evidence):
+            raise PreferenceTuningError(f"registry: nothing is published: {'; '.join(refused)}")
         new = version_id(model)
         with self._lock():
             self._clear_leftovers()
@@ -249,10 +258,14 @@ class FolderRegistry:
             problems += differences(folder / part, listed)
         return problems
 
-    def _write(self, id: str, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
+    def _write(
+        self, id: str, model: Path, evidence: dict[str, Path], card: Mapping[str, str], facts: dict[str, Any]
+    ) -> Version:
         aside = self._aside("versions", evidence)
         shutil.copytree(model, aside / "model")
-        (aside / "model" / CARD).write_text(card, encoding="utf-8")
+        for name, text in card.items():
+            (aside / "model" / name).parent.mkdir(exist_ok=True)
+            (aside / "model" / name).write_text(text, encoding="utf-8")
         version = Version(
             id=id,
             name=self.name,
@@ -318,7 +331,8 @@ def version_id(model: Path) -> str:
 
 def weights_hash(model: Path) -> str:
     """Return the hash of a model's folder as training left it, without the card that publishing adds."""
-    return fingerprint.of_value(fingerprint.manifest(model, skip=[CARD]))
+    files = fingerprint.manifest(model, skip=[CARD])
+    return fingerprint.of_value({name: file for name, file in files.items() if not name.startswith(CHARTS)})
 
 
 def differences(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:

@@ -13,11 +13,13 @@ from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.evaluation.job import Evaluation
+from preference_tuning.hub import COMMIT
 from preference_tuning.models import weights
-from preference_tuning.models.source import ModelSource
-from preference_tuning.registry import card, evidence
+from preference_tuning.models.description import describe
+from preference_tuning.models.source import ModelSource, pinned
+from preference_tuning.registry import card, charts, evidence, provenance
 from preference_tuning.registry.champion import to_beat
-from preference_tuning.registry.folder import FolderRegistry, Version, version_id
+from preference_tuning.registry.folder import CARD, FolderRegistry, Version, version_id
 from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.training import unfinished
 from preference_tuning.training.job import METRICS, TrainingRecord
@@ -87,21 +89,12 @@ def register(result: Result, config: RegistryConfig) -> Registered:
     _check_evidence(result)
     evaluated = _current(result, registry)
     evaluation, verdict = evaluated.evaluation, evaluated.evaluation.verdict
-    adapter = weights.is_adapter(result.adapter)
     kept = {**result.training, "evaluation": evaluated.evidence, "data": _manifest_only(result)}
-    version = registry.publish(
-        result.adapter,
-        kept,
-        card.render(
-            result.base_model, evaluation, verdict, result.records(), result.dataset.manifest, config.name, adapter
-        ),
-        _facts(result, evaluation, verdict),
-    )
+    facts = _facts(result, evaluation, verdict)
+    version = registry.publish(result.adapter, kept, _card(result, evaluation, facts), facts)
     if version.metrics.get("seal") != evaluation.seal:
         # The same model was published with the evaluation of another day.
-        registry.keep_decision(
-            version.id, kept, result.config.portable().model_dump(mode="json"), evaluation.seal, verdict
-        )
+        registry.keep_decision(version.id, kept, facts["config"], evaluation.seal, verdict)
     if verdict.decision == "promote":
         registry.promote(version.id, evaluation.seal)
     unfinished.clear(result.output_dir)
@@ -175,14 +168,45 @@ def _manifest_only(result: Result) -> Path:
     return folder
 
 
+def _card(result: Result, evaluation: Evaluation, facts: dict[str, Any]) -> dict[str, str]:
+    """Return the files of the model card: the card, and its charts beside it."""
+    pictures = charts.draw(result.training, evaluation)
+    told = card.Card(
+        name=result.config.registry.name,
+        adapter=weights.is_adapter(result.adapter),
+        base_model=pinned(result.base_model.portable(), result.source.fingerprint),
+        source=result.source,
+        languages=describe(result.source).languages,
+        datasets=_hub_datasets(result),
+        manifest=result.dataset.manifest,
+        records=result.records(),
+        evaluation=evaluation,
+        charts=list(pictures),
+        **{name: facts[name] for name in ("licence", "verdict", "software", "links")},
+    )
+    return {CARD: card.render(told), **pictures}
+
+
+def _hub_datasets(result: Result) -> list[str]:
+    """Return the ids of the data's sources that lie on a hub: these are known by a commit, files by their hash."""
+    data, manifest = result.config.data, result.dataset.manifest
+    read = [*zip(data.all_sources(), manifest.sources, strict=True)]
+    found = [origin.source for origin, summary in read if COMMIT.match(summary.fingerprint)]
+    if data.sft_source and manifest.sft_source and COMMIT.match(manifest.sft_source.fingerprint):
+        found.append(data.sft_source.source)
+    return found
+
+
 def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str, Any]:
-    manifest = result.dataset.manifest
+    manifest, base_model = result.dataset.manifest, result.base_model.portable()
     return {
         "finetuning_type": result.finetuning_type,
         "base_model": {
-            "source": result.base_model.source,
-            "revision": result.base_model.revision,
+            "source": base_model.source,
+            "revision": base_model.revision,
             "fingerprint": result.source.fingerprint,
+            "kind": result.source.kind,
+            "commit": result.source.fingerprint if result.source.kind == "hub" else None,
         },
         "data": {
             "source": manifest.source,
@@ -203,4 +227,7 @@ def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str
         },
         "verdict": verdict,
         "run": result.run,
+        "licence": result.config.registry.license or describe(result.source).licence,
+        "software": provenance.software(),
+        "links": provenance.links(result.run),
     }

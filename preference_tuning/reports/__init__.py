@@ -3,7 +3,7 @@
 ZenML's dashboard shows HTML in a sandboxed frame without scripts, so a chart is drawn here or not at all.
 """
 
-from preference_tuning.reports.drawing import Interval, Tone, bars, forest, histogram, line_chart, scatter
+from preference_tuning.reports.drawing import Chart, Interval, Tone, bars, forest, histogram, line_chart, scatter
 from preference_tuning.reports.markup import (
     Html,
     badge,
@@ -26,6 +26,7 @@ from preference_tuning.reports.markup import (
 )
 
 __all__ = [
+    "Chart",
     "Html",
     "Interval",
     "Tone",

@@ -1,6 +1,7 @@
 """Charts as inline SVG: where no script runs, a chart is drawn here or not at all."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,13 @@ from preference_tuning.reports.markup import Html, text
 Series = Sequence[tuple[float, float]]
 Tone = Literal["good", "bad", "unclear"]
 TONES: dict[Tone, str] = {"good": "#2e8b57", "bad": "#b0413e", "unclear": "#9aa5b1"}
+
+
+class Chart(Html):
+    """A chart in a page, and the same as a file of its own."""
+
+    alone: str
+    """An SVG document."""
 
 
 class Interval(NamedTuple):
@@ -185,12 +193,38 @@ class _Plot:
         return "".join(parts)
 
 
-def _figure(title: str, drawing: str, names: Sequence[str], height: float = HEIGHT, width: float = WIDTH) -> Html:
+def _figure(title: str, drawing: str, names: Sequence[str], height: float = HEIGHT, width: float = WIDTH) -> Chart:
     key = "".join(f"<i style='background:{c}'></i>{text(n)}" for c, n in zip(_colours(), names, strict=False))
-    return Html(
+    chart = Chart(
         f"<figure><figcaption>{text(title)}</figcaption><div class='key'>{key if len(names) > 1 else ''}</div>"
         f"<svg viewBox='0 0 {width:g} {height:g}' role='img' aria-label='{text(title)}'>{drawing}</svg></figure>"
     )
+    chart.alone = _alone(title, drawing, names if len(names) > 1 else (), height, width)
+    return chart
+
+
+def _alone(title: str, drawing: str, names: Sequence[str], height: float, width: float) -> str:
+    """Return a chart as a document of its own, with the title and the key that a page shows above it."""
+    key, x = [], 0.0
+    for colour, name in zip(_colours(), names, strict=False):
+        key.append(
+            f"<rect x='{x:g}' y='24' width='10' height='10' rx='2' fill='{colour}'/>"
+            f"<text x='{x + 15:g}' y='33'>{text(name)}</text>"
+        )
+        x += 30 + 6.2 * len(name)
+    margin, head = 12.0, 40.0 if names else 24.0
+    around = f"{-margin:g} {-margin:g} {width + 2 * margin:g} {height + head + 2 * margin:g}"
+    document = (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='{around}' width='{width + 2 * margin:g}' "
+        f"height='{height + head + 2 * margin:g}' role='img' aria-label='{text(title)}'>"
+        "<style>text{font:11px system-ui,'DejaVu Sans',sans-serif;fill:#5f6b7a}"
+        ".title{font-size:14px;font-weight:600;fill:#1d2733}</style>"
+        f"<rect x='{-margin:g}' y='{-margin:g}' width='100%' height='100%' fill='#fff'/>"
+        f"<text class='title' y='12'>{text(title)}</text>{''.join(key)}"
+        f"<g transform='translate(0 {head:g})'>{drawing}</g></svg>\n"
+    )
+    # XML knows no control characters, not even escaped.
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", " ", document)
 
 
 def _colours(varied: bool = True) -> Sequence[str]:

@@ -5,6 +5,9 @@ from preference_tuning.evaluation.deciding import Measured
 from preference_tuning.evaluation.gate import Rule
 from preference_tuning.evaluation.job import Evaluation
 from preference_tuning.evaluation.report import answers, figures, pairs
+from preference_tuning.evaluation.report.figures import forests
+
+__all__ = ["MEANING", "forests", "render"]
 
 MEANING = {
     "promote": "every rule passed",

@@ -60,6 +60,17 @@ def paired_differences(evaluation: Evaluation) -> reports.Html:
     return reports.section("Paired differences", reports.paragraph(words), *_forests(own), *folded)
 
 
+def forests(evaluation: Evaluation) -> dict[str, reports.Html]:
+    """Return the forest plots of the candidate's own differences, by what they are of: shares, losses, lengths."""
+    own = [
+        difference
+        for difference in differences.between(evaluation.models, evaluation.terms.references)
+        if difference.model == evaluation.terms.candidate and not difference.nothing
+    ]
+    by_unit = {unit: [d for d in own if d.compared.unit == unit] for unit in PANELS}
+    return {PANELS[unit].split()[0].lower(): _forest(some, unit) for unit, some in by_unit.items() if some}
+
+
 def _forests(found: Sequence[Difference]) -> list[reports.Html]:
     by_unit = {unit: [d for d in found if d.compared.unit == unit and not d.nothing] for unit in PANELS}
     return [_forest(differing, unit) for unit, differing in by_unit.items() if differing]
