@@ -196,9 +196,29 @@ class Finished:
     run: dict[str, Any]
 
 
+CANARIES = {
+    "HF_TOKEN": "hf_canaryOfTheHubAAAAAAAAAA",
+    "OPENAI_API_KEY": "sk-canary-of-the-judge-AAAAAAAA",
+    "AWS_SECRET_ACCESS_KEY": "canaryOfTheCloudAAAAAAAAAAAAAAAAA",
+    "command line": "canaryOfTheCommandLine",
+    "git remote": "canaryOfTheRemote",
+}
+"""Secrets that lie around where the finished run works; none may be written down."""
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Finished:
     """One DPO run on the tiny model, shared by the tests; later runs in its folder find it in the step cache."""
     project = make_project(tmp_path_factory.mktemp("finished"), tiny_model)
-    shown = project.train().stdout
-    return Finished(project, shown, project.last_run())
+    me = ("-c", "user.name=Canary", "-c", "user.email=canary@example.org")
+    for command in (
+        ("init", "--quiet"),
+        ("remote", "add", "origin", f"https://me:{CANARIES['git remote']}@example.org/tuning.git"),
+        ("add", "."),
+        (*me, "commit", "--quiet", "--message", "The project"),
+    ):
+        subprocess.run(["git", "-C", str(project.folder), *command], check=True)
+    secrets = {name: value for name, value in CANARIES.items() if name.isupper()}
+    done = project.run("-X", f"note={CANARIES['command line']}", "run.py", "train", "run.yaml", **secrets)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(project, done.stdout, project.last_run())

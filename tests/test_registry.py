@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from preference_tuning import jobs
 from preference_tuning.config import RegistryConfig
@@ -34,7 +36,7 @@ def registry(tmp_path: Path) -> FolderRegistry:
 
 def model(folder: Path, weights: str = "w") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").write_text(weights)
+    save_file({"weight": np.frombuffer(weights.encode(), np.uint8)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     return folder
 
@@ -43,7 +45,9 @@ def publish(registry: FolderRegistry, folder: Path, weights: str = "w") -> str:
     evidence = folder / "evidence"
     evidence.mkdir(parents=True, exist_ok=True)
     (evidence / "report.html").write_text("<html>")
-    return registry.publish(model(folder / weights, weights), {"evaluation": evidence}, "# card\n", FACTS).id
+    return registry.publish(
+        model(folder / weights, weights), {"evaluation": evidence}, {"README.md": "# card\n"}, FACTS
+    ).id
 
 
 def test_a_version_is_found_by_its_content(registry: FolderRegistry, tmp_path: Path) -> None:
@@ -88,8 +92,8 @@ def test_what_was_changed_is_not_promoted(registry: FolderRegistry, tmp_path: Pa
 def test_pickles_are_refused(registry: FolderRegistry, tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     (folder / "training_args.bin").touch()
-    with pytest.raises(PreferenceTuningError, match=r"training_args\.bin: pickled files are not published"):
-        registry.publish(folder, {}, "", FACTS)
+    with pytest.raises(PreferenceTuningError, match=r"model/training_args\.bin is of a kind that is not published"):
+        registry.publish(folder, {}, {}, FACTS)
     assert not registry.folder.exists()
 
 

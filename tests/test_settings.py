@@ -87,6 +87,7 @@ PROVED_BY = {
     "evaluation.lm_eval.limit": "test_harness.py::test_every_model_is_given_to_the_harness",
     "evaluation.lm_eval.num_fewshot": "test_harness.py::test_every_model_is_given_to_the_harness",
     "registry.folder": "test_settings_world.py::test_where_things_go",
+    "registry.license": "test_published.py::test_the_licence_is_the_configs_or_the_base_models",
     "registry.name": "test_settings_world.py::test_where_things_go",
     "tracking.mode": "test_tracking.py::test_the_mode_follows_the_key",
     "tracking.project": "test_settings_world.py::test_comet_is_told_where",

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import preference_tuning
 from preference_tuning import fingerprint
+from preference_tuning.config import RegistryConfig
+from preference_tuning.models.description import describe
+from preference_tuning.models.source import ModelSource
 
 PACKAGES = ("torch", "transformers", "trl", "peft")
 GIT_SECONDS = 10
@@ -31,6 +34,11 @@ def software() -> dict[str, str | bool | None]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
     }
+
+
+def licence(config: RegistryConfig, base_model: ModelSource) -> str | None:
+    """Return the licence of a version: the config's, else that of its base model, where that says one."""
+    return config.license or describe(base_model).licence
 
 
 def links(run: Mapping[str, str | None]) -> dict[str, str]:

@@ -227,7 +227,7 @@ def _facts(result: Result, evaluation: Evaluation, verdict: Verdict) -> dict[str
         },
         "verdict": verdict,
         "run": result.run,
-        "licence": result.config.registry.license or describe(result.source).licence,
+        "licence": provenance.licence(result.config.registry, result.source),
         "software": provenance.software(),
         "links": provenance.links(result.run),
     }
