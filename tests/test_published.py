@@ -11,6 +11,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import pytest
 from conftest import CANARIES, Finished
 from safetensors.numpy import save_file
 
-from preference_tuning.config import RegistryConfig
+from preference_tuning.config import BaseModelConfig, RegistryConfig
+from preference_tuning.data.table import Manifest
 from preference_tuning.errors import PreferenceTuningError
-from preference_tuning.evaluation.gate import Verdict
+from preference_tuning.evaluation.gate import Rule, Verdict
+from preference_tuning.evaluation.job import load_summary
 from preference_tuning.models.description import describe
 from preference_tuning.models.source import ModelSource
-from preference_tuning.registry import contents, provenance
+from preference_tuning.registry import card, contents, provenance
+from preference_tuning.registry.evidence import records
 from preference_tuning.registry.folder import FolderRegistry, Version, version_id
 
 
@@ -306,3 +310,67 @@ def test_the_code_of_the_card_runs(
         .decode(found["answer"][0, found["prompt"]["input_ids"].shape[1] :], skip_special_tokens=True)
         .strip()
     )
+
+
+EVIL = "a`b|c\n---\n# <script>alert(1)</script> [d](http://evil)"
+
+
+def card_of(published: Path, base: ModelSource, config: BaseModelConfig, **changes: Any) -> card.Card:
+    """A card with the evidence of the finished run, for another base model."""
+    evidence = published / "evidence"
+    manifest = Manifest.model_validate_json((evidence / "data" / "manifest.json").read_text(encoding="utf-8"))
+    evaluation = load_summary(evidence / "evaluation")
+    told = {
+        "name": "mine", "adapter": True, "base_model": config, "source": base, "licence": "mit", "languages": ["en"],
+        "datasets": ["org/pairs"], "manifest": manifest, "evaluation": evaluation, "verdict": evaluation.verdict,
+        "records": records({stage: evidence / stage for stage in ("sft", "dpo")}), "software": {}, "links": {},
+        "charts": ["charts/sft-loss.svg"],
+    }  # fmt: skip
+    return card.Card(**{**told, **changes})
+
+
+def test_the_card_of_a_model_on_a_hub(published: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    base = ModelSource(kind="hub", location="org/base", fingerprint="c" * 40)
+    config = BaseModelConfig(source="org/base", revision="c" * 40)
+    text = card.render(card_of(published, base, config))
+    data = ModelCard(text).data
+    assert (data.base_model, data.base_model_relation) == ("org/base", "adapter")
+    assert (data.datasets, data.license, data.language) == (["org/pairs"], "mit", ["en"])
+    assert f'from_pretrained("org/base", revision="{"c" * 40}", dtype="auto")' in text
+    full = card.render(card_of(published, base, config, adapter=False))
+    assert ModelCard(full).data.base_model_relation == "finetune"
+    assert 'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")' in full
+    assert "peft" not in full.partition("```python")[2].partition("```")[0]
+
+
+def test_the_card_of_a_model_in_a_file(published: Path) -> None:
+    base = ModelSource(kind="gguf", location="/home/me/m.gguf", fingerprint="f" * 64)
+    text = card.render(card_of(published, base, BaseModelConfig(source="package:llm/m.gguf")))
+    assert 'BASE = Path("m.gguf")  # the file of the Python package llm\n' in text
+    assert "gguf_file=BASE.name" in text
+    assert "quantised GGUF file" in text
+    assert "/home/me" not in text
+
+
+def test_words_of_others_are_no_markup_in_a_card(published: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    base = ModelSource(kind="directory", location="/m", fingerprint="f" * 64)
+    told = card_of(published, base, BaseModelConfig(source="m"))
+    named = [source.model_copy(update={"name": EVIL}) for source in told.manifest.sources]
+    verdict = Verdict(
+        decision="hold", candidate="dpo", rules=[Rule(name=EVIL, measured="1", wanted="2", outcome="failed")]
+    )
+    changes = {
+        "manifest": told.manifest.model_copy(update={"sources": named}),
+        "verdict": verdict,
+        "links": {"run": EVIL},
+    }
+    text = card.render(replace(told, **changes))
+    read = ModelCard(text)
+    assert {result.dataset_name for result in read.data.eval_results} == {f"held-out pairs of {EVIL}"}
+    assert read.text.strip().startswith("# mine\n")
+    outside = re.sub(r"`[^`\n]*`", "", read.text.partition("```python")[0] + read.text.rpartition("```\n")[2])
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\[d|^# <", outside, re.MULTILINE)

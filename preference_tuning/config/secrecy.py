@@ -64,9 +64,8 @@ def _of_value(path: Path, text: str) -> str | None:
         return None
     if re.search(r"://[^/\s]*@", text):
         return f"an address with a user in it: {INSTEAD}"
-    name = next((part for part in reversed(path) if isinstance(part, str)), "")
-    names = VARIABLE if any(_of_variables(part) for part in path[:-1]) else SETTING
-    return f"by its name this is a key: {INSTEAD}" if names.search(_words(name)) else None
+    names = VARIABLE if len(path) > 1 and _of_variables(path[-2]) else SETTING
+    return f"by its name this is a key: {INSTEAD}" if names.search(_words(str(path[-1]))) else None
 
 
 def _of_pair(path: Path, value: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
