@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
+from zenml.client import Client
 from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
@@ -134,7 +135,7 @@ class CheckedPipeline(Pipeline):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
         with told(), alive(self.name, self.output_dir) as extra:
-            self.configure(extra=extra)
+            self.configure(extra=extra, execution_mode=_execution_mode())
             token = _runs_later.set(self.scheduled)
             try:
                 return super().__call__(*args, **kwargs)
@@ -168,5 +169,10 @@ def told() -> Iterator[None]:
         raise SystemExit(known.exit_code) from None
 
 
-# FAIL_FAST hands on what a step raised; ZenML's default hides it behind "failure in step(s)".
-training = CheckedPipeline(name="training", entrypoint=_training, execution_mode=ExecutionMode.FAIL_FAST)
+def _execution_mode() -> ExecutionMode:
+    """Return FAIL_FAST, which hands on what a step raised where ZenML's default hides it, if the stack can do it."""
+    supported = Client().active_stack.orchestrator.supported_execution_modes
+    return ExecutionMode.FAIL_FAST if ExecutionMode.FAIL_FAST in supported else ExecutionMode.CONTINUE_ON_FAILURE
+
+
+training = CheckedPipeline(name="training", entrypoint=_training)
