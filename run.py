@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(command=evaluate)
     _add_registry(commands)
+    _add_schedule(commands)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -84,6 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--port", type=int, default=8237)
     verb.set_defaults(command=dashboard)
     return parser
+
+
+def _add_schedule(commands: Any) -> None:
+    text = "retrain again and again: show, install or remove what a scheduler needs"
+    verb = commands.add_parser("schedule", help=text, description=text)
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="the run config that is retrained")
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as dpo.beta=0.1")
+    verb.add_argument(
+        "--on", required=True, metavar="WHERE", help="cron, systemd, or the orchestrator of the ZenML stack"
+    )
+    verb.add_argument("--cron", metavar="EXPRESSION", help='when, as "0 3 * * *": minute hour day month weekday')
+    does = verb.add_mutually_exclusive_group()
+    does.add_argument("--install", action="store_true", help="write it; without this it is only shown")
+    does.add_argument("--remove", action="store_true", help="take it away again")
+    verb.add_argument("--dags", type=Path, metavar="FOLDER", help="of Airflow; without it AIRFLOW_HOME/dags")
+    verb.set_defaults(command=schedule)
 
 
 def _add_registry(commands: Any) -> None:
@@ -181,6 +198,32 @@ def registry(options: argparse.Namespace) -> None:
     loaded = config.load(options.config, options.set).config if options.config else None
     section = loaded.registry if loaded else config.RegistryConfig()
     raise NotImplementedError(section)
+
+
+def schedule(options: argparse.Namespace) -> None:
+    """Show, install or remove a schedule."""
+    from preference_tuning import config, scheduling
+    from preference_tuning.errors import ConfigError
+
+    loaded = config.load(options.config, options.set)
+    if options.cron is None and not options.remove:
+        raise ConfigError('schedule: say when, as --cron "0 3 * * *"')
+    overrides = [part for value in options.set for part in ("--set", value)]
+    work = scheduling.retraining(loaded.config, options.config, overrides, Path(__file__).resolve().parent)
+    scheduler = scheduling.of(options.on)
+    if scheduler is None:
+        from pipelines import schedules
+
+        scheduler = schedules.OnStack(options.on, loaded.document, schedules.dags_folder(options.dags))
+    if options.remove:
+        print("removed" if scheduler.remove(work) else "there was none")
+        return
+    expression = scheduling.check_cron(options.cron)
+    print(scheduler.plan(work, expression))
+    print(f"fires      {', '.join(f'{time:%Y-%m-%d %H:%M}' for time in scheduling.upcoming(expression))}, ...")
+    if options.install:
+        scheduler.install(work, expression)
+    print("installed" if options.install else "nothing was changed; add --install to install it")
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -9,13 +9,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
+from zenml.client import Client
 from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
+from pipelines import schedules
 from pipelines.runs import alive
 from preference_tuning import fingerprint, interruption, preflight
 from preference_tuning.config import (
@@ -40,6 +43,9 @@ from steps.load_preferences import load_preferences
 from steps.register import register
 from steps.train_dpo import train_dpo
 from steps.train_sft import train_sft
+
+_runs_later: ContextVar[bool] = ContextVar("runs_later", default=False)
+"""Whether the pipeline is compiled for a schedule."""
 
 
 def covering(base_model: BaseModelConfig, *modules: str) -> CachePolicy:
@@ -69,9 +75,11 @@ def _training(
     # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
     model: dict[str, Any] = {"base_model": base_model, "base_model_fingerprint": locate(base_model).fingerprint}
 
-    dataset, _ = load_preferences.with_options(cache_policy=covering(base_model, "preference_tuning.data"))(
+    # A schedule compiles the pipeline once, long before its runs: what changes until then is looked at by the steps.
+    now: dict[str, Any] = {"enable_cache": False} if _runs_later.get() else {}
+    dataset, _ = load_preferences.with_options(cache_policy=covering(base_model, "preference_tuning.data"), **now)(
         data=data,
-        source_fingerprints=fingerprints_of(data),
+        source_fingerprints=None if now else fingerprints_of(data),
         max_length=dpo.length(base_model),
         **model,
     )
@@ -85,7 +93,7 @@ def _training(
             dataset=dataset, sft_adapter=sft_adapter, dpo=dpo, training=training, **model
         )
         tuned = {"dpo_adapter": dpo_adapter, "dpo_evidence": dpo_evidence}
-    scores, _ = evaluate.with_options(cache_policy=covering(base_model, "preference_tuning.evaluation"))(
+    scores, _ = evaluate.with_options(cache_policy=covering(base_model, "preference_tuning.evaluation"), **now)(
         dataset=dataset,
         sft_adapter=sft_adapter,
         dpo_adapter=tuned.get("dpo_adapter"),
@@ -110,24 +118,34 @@ class CheckedPipeline(Pipeline):
     """A pipeline that reads its config with our loader first: ZenML ignores many unknown keys without a word."""
 
     output_dir = Path(str(RunConfig.model_fields["output_dir"].default))
+    scheduled = False
 
     def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
         """Check the config and what it points to, then let ZenML apply it."""
         with told():
             config_path = kwargs.get("config_path")
-            config = load(Path(config_path)).config if config_path else None
+            loaded = load(Path(config_path)) if config_path else None
+            config = loaded and loaded.config
+            scheduled = kwargs.get("schedule") or (loaded and loaded.document.get("schedule"))
+            if scheduled:
+                schedules.require_schedulable()
             if config:
                 print(preflight.check(config))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):
                 pipeline.output_dir = Path(config.output_dir)
+                pipeline.scheduled = bool(scheduled)
             return pipeline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
         with told(), alive(self.name, self.output_dir) as extra:
-            self.configure(extra=extra)
-            return super().__call__(*args, **kwargs)
+            self.configure(extra=extra, execution_mode=_execution_mode())
+            token = _runs_later.set(self.scheduled)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                _runs_later.reset(token)
 
 
 class _Unexplained(logging.Filter):
@@ -156,5 +174,10 @@ def told() -> Iterator[None]:
         raise SystemExit(known.exit_code) from None
 
 
-# FAIL_FAST hands on what a step raised; ZenML's default hides it behind "failure in step(s)".
-training = CheckedPipeline(name="training", entrypoint=_training, execution_mode=ExecutionMode.FAIL_FAST)
+def _execution_mode() -> ExecutionMode:
+    """Return FAIL_FAST, which hands on what a step raised where ZenML's default hides it, if the stack can do it."""
+    supported = Client().active_stack.orchestrator.supported_execution_modes
+    return ExecutionMode.FAIL_FAST if ExecutionMode.FAIL_FAST in supported else ExecutionMode.CONTINUE_ON_FAILURE
+
+
+training = CheckedPipeline(name="training", entrypoint=_training)

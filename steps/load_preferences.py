@@ -16,12 +16,15 @@ from steps.context import current_run
 @step(output_materializers={"dataset": DirectoryMaterializer})
 def load_preferences(
     data: DataConfig,
-    source_fingerprints: list[str],
+    source_fingerprints: list[str] | None,
     base_model: BaseModelConfig,
     base_model_fingerprint: str,
     max_length: int,
 ) -> tuple[Annotated[Path, "dataset"], Annotated[HTMLString, "data_report"]]:
-    """Read, check and split the preference data, in a process of its own."""
+    """Read, check and split the preference data, in a process of its own.
+
+    Without ``source_fingerprints`` the data is taken as it is now: a schedule was made before it grew.
+    """
     run = current_run()
     tokens = job.Tokens(
         base_model=base_model,
@@ -30,7 +33,10 @@ def load_preferences(
         sft_length=base_model.max_seq_length,
     )
     work = job.DataJob(
-        config=data, fingerprints=source_fingerprints, tokens=tokens, output_dir=run.output_dir.absolute()
+        config=data,
+        fingerprints=job.fingerprints_of(data) if source_fingerprints is None else source_fingerprints,
+        tokens=tokens,
+        output_dir=run.output_dir.absolute(),
     )
     dataset = job.prepare_for_run(work, again=run.fresh)
     of_run = list(findings.of_run(dataset.manifest, run.config))

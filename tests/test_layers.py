@@ -42,6 +42,7 @@ ROOMS = {
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
     "preflight": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
+    "scheduling": {"config", "errors"},
     "assessment": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry", "preflight"},
 }
 
