@@ -14,14 +14,13 @@ the same model again changes nothing. So is a decision. Whoever changes somethin
 
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from preference_tuning import fingerprint
 from preference_tuning.config import RegistryConfig
@@ -29,45 +28,41 @@ from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.registry import storage
 from preference_tuning.registry.pointers import ANYONE, Anyone, Champion, Change, How, Pointer, Pointers
+from preference_tuning.registry.versions import (
+    CARD,
+    DECISION,
+    ID,
+    MANIFEST,
+    Decision,
+    Version,
+    checked_id,
+    decision_id,
+    differences,
+    read_decision,
+    read_version,
+    seal_of,
+    version_id,
+    weights_hash,
+)
 
-MARK, MANIFEST, DECISION, CARD = "registry.json", "manifest.json", "decision.json", "README.md"
+# What callers of a registry speak of.
+__all__ = [
+    "CARD",
+    "DECISION",
+    "MANIFEST",
+    "Champion",
+    "Decision",
+    "FolderRegistry",
+    "Version",
+    "differences",
+    "version_id",
+    "weights_hash",
+]
+
+MARK = "registry.json"
 FORMAT = {"format": "preference-tuning registry", "version": 1}
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Pickles: never part of a version."""
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-"""What an id may look like, before it becomes part of a path."""
-
-
-class Version(BaseModel):
-    """The manifest of a version."""
-
-    id: str
-    name: str
-    created: datetime
-    model_files: dict[str, dict[str, Any]]
-    evidence_files: dict[str, dict[str, Any]]
-    finetuning_type: Literal["sft", "dpo"]
-    base_model: dict[str, Any]
-    data: dict[str, Any]
-    config: dict[str, Any]
-    code: str
-    metrics: dict[str, Any]
-    verdict: Verdict
-    run: dict[str, str]
-    seal: str | None = None
-    """Hash over the other fields; None in versions from before there was one."""
-
-
-class Decision(BaseModel):
-    """The manifest of an evaluation that came after a version was published."""
-
-    version: str
-    created: datetime
-    evidence_files: dict[str, dict[str, Any]]
-    config: dict[str, Any]
-    seal: str
-    """Of the evaluation."""
-    verdict: Verdict
 
 
 class FolderRegistry:
@@ -105,7 +100,7 @@ class FolderRegistry:
 
     def decision(self, version: str, seal: str) -> Path:
         """Return the folder of a later decision on a version, by the seal of its evaluation."""
-        return self.storage.folder(self._at("decisions", _decision_id(version, seal)))
+        return self.storage.folder(self._at("decisions", decision_id(version, seal)))
 
     def find(self, name: str) -> str | None:
         """Return the id of the version that is meant by ``champion``, ``previous``, an id or the beginning of one.
@@ -166,23 +161,14 @@ class FolderRegistry:
         Raises:
             PreferenceTuningError: there is no such version, or its manifest is not one of ours.
         """
-        text = self._manifest(id)
-        try:
-            version = Version.model_validate_json(text)
-        except ValidationError as error:
-            raise PreferenceTuningError(f"registry: {MANIFEST} of {id} cannot be read: {_first(error)}") from None
-        for listed in (version.model_files, version.evidence_files):
-            for name in listed:
-                storage.checked(name)
-        if version.id != id:
-            raise PreferenceTuningError(f"registry: the folder of version {id} holds version {version.id}")
-        return version
+        return read_version(self._manifest(id), id)
 
     def decisions(self, version: str) -> list[Decision]:
         """Return the later decisions on a version, the oldest first."""
         folders = self.storage.names(self._at("decisions"), holding=DECISION)
-        texts = [self.read(f"decisions/{name}/{DECISION}") or "" for name in folders if name.startswith(f"{version}-")]
-        return sorted(map(Decision.model_validate_json, texts), key=lambda decision: decision.created)
+        found = [name for name in folders if name.startswith(f"{version}-")]
+        read = [read_decision(self.read(f"decisions/{name}/{DECISION}") or "", name) for name in found]
+        return sorted(read, key=lambda decision: decision.created)
 
     def publish(self, model: Path, evidence: dict[str, Path], card: str, facts: dict[str, Any]) -> Version:
         """Store a result as a version and return it; the version that already holds this model, if one does.
@@ -216,7 +202,7 @@ class FolderRegistry:
             seal: of the evaluation.
             verdict: on the version.
         """
-        place = self._at("decisions", _decision_id(version, seal))
+        place = self._at("decisions", decision_id(version, seal))
         with self.exclusive():
             if self.storage.read(f"{place}/{DECISION}") is None:
                 aside = self._aside(place, evidence)
@@ -287,7 +273,7 @@ class FolderRegistry:
         version, document = self.version(id), json.loads(self._manifest(id))
         folder = self.storage.folder(self._at("versions", id), fresh=True)
         problems = []
-        if version.seal is not None and version.seal != _seal_of(document):
+        if version.seal is not None and version.seal != seal_of(document):
             problems.append(f"{MANIFEST} was changed")
         for part, listed in (("model", version.model_files), ("evidence", version.evidence_files)):
             problems += differences(folder / part, listed)
@@ -338,7 +324,7 @@ class FolderRegistry:
             **facts,
         )
         # Of the values as they are read again: JSON has no nan.
-        sealed = version.model_copy(update={"seal": _seal_of(json.loads(version.model_dump_json()))})
+        sealed = version.model_copy(update={"seal": seal_of(json.loads(version.model_dump_json()))})
         self._put(aside, self._at("versions", id), MANIFEST, sealed)
         return sealed
 
@@ -371,48 +357,3 @@ class FolderRegistry:
         if found != FORMAT:
             raise ConfigError(f"registry.folder: {self.place} is a registry of another kind: {found!r}")
         return True
-
-
-def checked_id(id: str) -> str:
-    """Return an id as it is, if it can be one.
-
-    Raises:
-        ConfigError: it cannot, so that no path or URL is made of it.
-    """
-    if not ID.fullmatch(id):
-        raise ConfigError(f"registry: {id!r} cannot be the id of a version")
-    return id
-
-
-def version_id(model: Path) -> str:
-    """Return the id of the version that the model in a folder is or would be; its card is no part of it."""
-    return weights_hash(model)[:16]
-
-
-def weights_hash(model: Path) -> str:
-    """Return the hash of a model's folder as training left it, without the card that publishing adds."""
-    return fingerprint.of_value(fingerprint.manifest(model, skip=[CARD]))
-
-
-def differences(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
-    """Return what differs from a list of files, a line for each; names begin with that of the folder."""
-    found, part = fingerprint.manifest(folder), folder.name
-    return [
-        *(f"{part}/{name} is missing" for name in listed if name not in found),
-        *(f"{part}/{name} is not part of it" for name in found if name not in listed),
-        *(f"{part}/{name} was changed" for name in listed if found.get(name, listed[name]) != listed[name]),
-    ]
-
-
-def _seal_of(document: dict[str, Any]) -> str:
-    """Return the hash of a manifest without its seal."""
-    return fingerprint.of_value({name: value for name, value in document.items() if name != "seal"})
-
-
-def _decision_id(version: str, seal: str) -> str:
-    return checked_id(f"{version}-{seal[:16]}")
-
-
-def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

@@ -71,7 +71,10 @@ class Storage(Protocol):
         """
 
     def remove(self, name: str, last: str) -> None:
-        """Remove a folder: readers find all of it or nothing. Needs the lock; ``last`` is its manifest."""
+        """Remove a folder: readers find all of it or nothing. Needs the lock; ``last`` is its manifest.
+
+        Without one ("") it goes file by file, and readers may find some of it.
+        """
 
     def lock(self, folder: str) -> AbstractContextManager[None]:
         """Hold the lock of a folder (of this root with ""), after clearing what killed writers left in it.

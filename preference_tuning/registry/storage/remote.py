@@ -131,7 +131,8 @@ class RemoteStorage:
         """See ``Storage``; the manifest, then all files."""
         note = self._begin(name, last)
         self._guard()
-        self._ask("rm_file", self._at(f"{name}/{last}"), missing=None)
+        if last:
+            self._ask("rm_file", self._at(f"{name}/{last}"), missing=None)
         self._clear(name)
         self._ask("rm_file", self._at(note))
         with self._copying():
@@ -212,7 +213,7 @@ class RemoteStorage:
         for name in self._listed(f"{folder}/{BEGUN}") if folder else ():
             note = f"{folder}/{BEGUN}/{name}"
             begun = json.loads(self.read(note) or b"{}")
-            if begun and self.read(f"{begun['name']}/{begun['last']}") is None:
+            if begun and (not begun["last"] or self.read(f"{begun['name']}/{begun['last']}") is None):
                 self._clear(begun["name"])
             self._ask("rm_file", self._at(note))
         for path in (self.local / folder).glob(".writing-*") if folder else ():
