@@ -45,9 +45,7 @@ class RemoteStorage:
         self._looked_at: set[str] = set()
         protocol = url.partition("://")[0]
         try:
-            self._fs, self._root = importlib.import_module("fsspec").url_to_fs(
-                self.place, use_listings_cache=False, skip_instance_cache=True
-            )
+            self._fs, self._root = importlib.import_module("fsspec").url_to_fs(self.place, use_listings_cache=False)
         except ImportError as error:
             extra = "; install the s3 extra: pip install 'preference-tuning[s3]'" if protocol in CONDITIONAL else ""
             raise ConfigError(f"registry.folder: {self.place} cannot be opened: {error}{extra}") from None
