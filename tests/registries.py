@@ -1,5 +1,6 @@
 """Registries for tests: models to publish, on a disk and on S3, and processes that are killed in the middle."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -43,17 +44,19 @@ _servers: list[str] = []
 
 def model(folder: Path, weights: str = "w") -> Path:
     """Write what stands for a model; other weights make another version."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").write_text(weights)
-    (folder / "adapter_config.json").write_text("{}")
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_text(weights)
+        (folder / "adapter_config.json").write_text("{}")
     return folder
 
 
 def evaluation(folder: Path, against: str | None = None) -> dict[str, Path]:
     """Write what stands for the evidence of a verdict against a champion."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text("<html>")
-    jobs.write_json(folder / "evaluation.json", {"terms": {"champion": against and {"version": against}}})
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / "report.html").write_text("<html>")
+        jobs.write_json(folder / "evaluation.json", {"terms": {"champion": against and {"version": against}}})
     return {"evaluation": folder}
 
 
@@ -65,10 +68,17 @@ def publish(
     return registry.publish(model(folder / weights, weights), evidence, "# card\n", {**FACTS, **facts}).id
 
 
+def trained(folder: Path, *weights: str) -> None:
+    """Have models ready in a folder, for processes that publish them at the same moment."""
+    for name in weights:
+        model(folder / name, name)
+        evaluation(folder / f"evidence-{name}")
+
+
 def consistent(registry: FolderRegistry) -> tuple[str | None, str | None]:
     """Check what any reader may expect at any time, and return the champion and the one before."""
     ids = registry.ids()
-    assert {id: registry.verify(id) for id in ids} == dict.fromkeys(ids, [])
+    assert [problem for version in ids for problem in registry.verify(version)] == []
     found = [pointer and pointer.version for pointer in (registry.champion(), registry.previous())]
     assert {version for version in found if version} <= set(ids)
     history = registry.history()
@@ -85,7 +95,11 @@ def left(registry: FolderRegistry) -> list[str]:
 
 
 def empty_folders(registry: FolderRegistry) -> list[str]:
-    return [str(path) for path in registry.root.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    return [
+        str(path.relative_to(registry.root))
+        for path in registry.root.rglob("*")
+        if path.is_dir() and not any(path.iterdir())
+    ]
 
 
 def forked(act: Callable[[], Any]) -> int:
@@ -128,6 +142,14 @@ def killed_before(number: int, act: Callable[[], Any]) -> bool:
     code = forked(watched)
     assert code in (0, KILLED)
     return code == KILLED
+
+
+def let_leases_end(registry: FolderRegistry) -> None:
+    """Let the time pass after which the dead are taken for dead."""
+    for name in (".lock", f"{registry.name}/.lock"):
+        text = registry.storage.read(name)
+        if text is not None:
+            registry.storage.write(name, json.dumps({**json.loads(text), "lease": 0.01}).encode())
 
 
 def at_once(*acts: Callable[[], Any]) -> list[int]:

@@ -189,7 +189,7 @@ def test_an_unknown_version(registry: FolderRegistry) -> None:
 
 @pytest.mark.parametrize("id", ["../../etc", "/etc", "..", "", "a/b", "a\\b", ".hidden", "a\nb", "a" * 97])
 def test_an_id_leads_nowhere_else(registry: FolderRegistry, id: str) -> None:
-    for ask in (registry.path, registry.version, registry.verify, lambda id: registry.decision(id, "7" * 64)):
+    for ask in (registry.path, registry.version, registry.verify, lambda name: registry.decision(name, "7" * 64)):
         with pytest.raises(ConfigError, match="cannot be the id of a version"):
             ask(id)
     assert registry.find(id) is None

@@ -344,12 +344,15 @@ class FolderRegistry:
         """Return whether the mark is there already."""
         mark = self.storage.read(MARK)
         if mark is None:
-            if self.storage.names(""):
-                raise ConfigError(
-                    f"registry.folder: {self.place} holds files that are not a registry of ours (it has no {MARK}); "
-                    "name an empty or a new folder"
-                )
-            return False
+            if not self.storage.names(""):
+                return False
+            # Another process may have begun the registry between the two looks.
+            mark = self.storage.read(MARK)
+        if mark is None:
+            raise ConfigError(
+                f"registry.folder: {self.place} holds files that are not a registry of ours (it has no {MARK}); "
+                "name an empty or a new folder"
+            )
         try:
             found = json.loads(mark)
         except ValueError:

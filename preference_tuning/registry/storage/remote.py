@@ -220,6 +220,8 @@ class RemoteStorage:
     def _clear(self, name: str) -> None:
         for relative in self._listed(name):
             self._ask("rm_file", self._at(f"{name}/{relative}"))
+        if not self._conditional:  # a store with folders
+            self._ask("rm", self._at(name), missing=None, recursive=True)
 
     def _copy(self, name: str, copy: Path) -> None:
         found, book = self._listed(name), _book(copy)
