@@ -56,7 +56,8 @@ class Change(BaseModel):
 
     def __str__(self) -> str:
         reason = f": {self.reason}" if self.reason else ""
-        return f"{self.at:%Y-%m-%d %H:%M:%S}  {self.before or 'none'} -> {self.after}  {self.how} by {self.by}{reason}"
+        at = f"{self.at:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{at}: {self.before or 'none'} -> {self.after}, {self.how} by {self.by}{reason}"
 
 
 class Champion(Pointer):

@@ -189,7 +189,7 @@ def _of_verdict(judged: Judged) -> Iterator[str]:
         f"of {judged.created:%Y-%m-%d %H:%M:%S} UTC, against {judged.against or 'no champion'}, seal {judged.seal}",
     )
     for rule in verdict.rules:
-        yield from entry("", f"{rule.outcome:9} {rule.name}: {rule.measured}, wanted {rule.wanted}")
+        yield from entry("", f"{rule.outcome}: {rule.name}: {rule.measured}, wanted {rule.wanted}")
     yield ""
 
 

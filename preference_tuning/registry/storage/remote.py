@@ -10,7 +10,6 @@ What is read as files is copied to this machine, each file once for each content
 import contextlib
 import errno
 import fcntl
-import importlib
 import json
 import os
 import shutil
@@ -45,7 +44,7 @@ class RemoteStorage:
         self._looked_at: set[str] = set()
         protocol = url.partition("://")[0]
         try:
-            self._fs, self._root = importlib.import_module("fsspec").url_to_fs(self.place, use_listings_cache=False)
+            self._fs, self._root = fsspec.url_to_fs(self.place, use_listings_cache=False)
         except ImportError as error:
             extra = "; install the s3 extra: pip install 'preference-tuning[s3]'" if protocol in CONDITIONAL else ""
             raise ConfigError(f"registry.folder: {self.place} cannot be opened: {error}{extra}") from None
@@ -101,10 +100,10 @@ class RemoteStorage:
         note = self._begin(name, last)
         self._clear(name)
         files = fingerprint.manifest(aside)
-        for relative in [*(relative for relative in files if relative != last), last]:
-            if relative == last:
-                self._guard()
-            self._ask("put_file", str(aside / relative), self._at(f"{name}/{relative}"))
+        for relative in sorted(files, key=lambda relative: relative == last):
+            self._guard()
+            how = {"mode": "create"} if relative == last else {}
+            self._ask("put_file", str(aside / relative), self._at(f"{name}/{relative}"), **how)
         self._ask("rm_file", self._at(note))
         with self._copying():
             copy = self.local / name
@@ -219,6 +218,7 @@ class RemoteStorage:
 
     def _clear(self, name: str) -> None:
         for relative in self._listed(name):
+            self._guard()
             self._ask("rm_file", self._at(f"{name}/{relative}"))
         if not self._conditional:  # a store with folders
             self._ask("rm", self._at(name), missing=None, recursive=True)
