@@ -2,10 +2,14 @@
 """The command line: train, check, data, evaluate, registry, track, dashboard; `run.py COMMAND --help` says more."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from preference_tuning.registry.folder import FolderRegistry
 
 # Before anything imports them: no telemetry, and only what matters on the screen.
 os.environ.setdefault("ZENML_ANALYTICS_OPT_IN", "false")
@@ -33,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py",
         description="Preference tuning: SFT, DPO, evaluation and registry as one ZenML pipeline.",
-        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 75 interrupted (run it again to continue), 1 other.",
+        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 overtaken by "
+        "another promotion (run it again), 75 interrupted (run it again to continue), 1 other.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
@@ -123,7 +128,22 @@ def _add_registry(commands: Any) -> None:
             default = None if name in ("promote", "export") else "champion"
             text = "`champion`, `previous`, an id or the beginning of one"
             verb.add_argument("version", nargs="?" if default else None, default=default, metavar="VERSION", help=text)
+        _add_options(name, verb)
         verb.set_defaults(command=registry, verb=name)
+
+
+def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
+    """Add what only some verbs of `registry` have."""
+    if name in ("list", "show"):
+        verb.add_argument("--json", action="store_true", help="print one JSON document")
+    if name == "promote":
+        text = "promote it against its verdict; the reason is kept in the history"
+        verb.add_argument("--despite", metavar="REASON", help=text)
+    if name == "rollback":
+        verb.add_argument("--reason", metavar="TEXT", help="why; kept in the history")
+    if name == "gc":
+        verb.add_argument("--keep", type=int, default=5, metavar="N", help="how many of the last ones stay (5)")
+        verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -196,8 +216,42 @@ def registry(options: argparse.Namespace) -> None:
     if options.set and options.config is None:
         raise ConfigError("registry: --set overrides a config; name it with --config CONFIG")
     loaded = config.load(options.config, options.set).config if options.config else None
-    section = loaded.registry if loaded else config.RegistryConfig()
-    raise NotImplementedError(section)
+    from preference_tuning.registry.folder import FolderRegistry
+
+    verb = {"list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "gc": _gc}[options.verb]
+    print(verb(FolderRegistry(loaded.registry if loaded else config.RegistryConfig()), options))
+
+
+def _list(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+    from preference_tuning.registry import shown
+
+    return json.dumps(shown.overview(registry), indent=2) if options.json else shown.table(registry)
+
+
+def _show(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+    from preference_tuning.registry import shown
+
+    if options.json:
+        return json.dumps(shown.document(registry, options.version), indent=2)
+    return shown.screen(registry, options.version)
+
+
+def _promote(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+    from preference_tuning.registry import operations
+
+    return operations.promote(registry, options.version, options.despite)
+
+
+def _rollback(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+    from preference_tuning.registry import operations
+
+    return operations.rollback(registry, options.reason)
+
+
+def _gc(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+    from preference_tuning.registry import collecting
+
+    return str(collecting.collect(registry, options.keep, options.dry_run))
 
 
 def schedule(options: argparse.Namespace) -> None:

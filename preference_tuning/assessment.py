@@ -93,7 +93,7 @@ def find(what: str, config: RunConfig, registry: FolderRegistry) -> Candidate:
             return Candidate(str(folder), folder.absolute(), config.finetuning_type, None)
     if version is None:
         known = ", ".join(registry.ids()) or "none yet"
-        raise ConfigError(f"{what!r} is no folder, and no version of {registry.name!r} in {registry.root} ({known})")
+        raise ConfigError(f"{what!r} is no folder, and no version of {registry.name!r} in {registry.place} ({known})")
     if problems := registry.verify(version):
         raise PreferenceTuningError(
             f"registry: {version} of {registry.name!r} is not what was published: {problems[0]}"

@@ -4,6 +4,7 @@
     |-- ConfigError              2   the run config, or what it points to, is wrong
     |-- DataError                3   the preference data cannot be trained on
     |-- DivergedError            4   training left the healthy range; nothing is kept of it
+    |-- OvertakenError           5   another model became champion after the verdict was made; nothing was promoted
     |-- InterruptedJobError     75   stopped from outside; the same command continues
     |-- TransientError           1   a network, a service or another process failed; jobs try again
     `-- OutOfMemoryError         1   a batch did not fit; training jobs try again with smaller pieces of it
@@ -44,6 +45,12 @@ class DivergedError(PreferenceTuningError):
     exit_code = 4
 
 
+class OvertakenError(PreferenceTuningError):
+    """A verdict was made against a champion that reigns no more; what it was to promote is stored."""
+
+    exit_code = 5
+
+
 class InterruptedJobError(PreferenceTuningError):
     """A signal stopped a job; what it had done is kept."""
 
@@ -60,7 +67,7 @@ class OutOfMemoryError(PreferenceTuningError):
 
 BY_EXIT_CODE: dict[int, type[PreferenceTuningError]] = {
     error.exit_code: error
-    for error in (PreferenceTuningError, ConfigError, DataError, DivergedError, InterruptedJobError)
+    for error in (PreferenceTuningError, ConfigError, DataError, DivergedError, OvertakenError, InterruptedJobError)
 }
 
 

@@ -141,7 +141,7 @@ def _registry(config: RunConfig) -> str:
     registry = FolderRegistry(config.registry)
     registry.check_writable()
     champion = registry.champion()
-    return f"{registry.folder}, champion {champion.version if champion else 'none yet'}"
+    return f"{registry.name} in {registry.place}, champion {champion.version if champion else 'none yet'}"
 
 
 def _tracking(config: RunConfig) -> str:

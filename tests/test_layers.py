@@ -12,6 +12,7 @@ LIBRARY = ROOT / "preference_tuning"
 OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
+    "fsspec": {"registry/storage/remote.py"},
     "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
     "huggingface_hub": {"hub.py", "registry/card.py"},
     "lm_eval": {"evaluation/harness.py"},
@@ -19,6 +20,7 @@ OWNERS = {
     "bitsandbytes": set(),
     "liger_kernel": {"models/kernels.py"},
     "unsloth": {"models/backend.py", "models/loading.py"},
+    "s3fs": set(),
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.

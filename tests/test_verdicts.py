@@ -19,16 +19,17 @@ import pytest
 import yaml
 from conftest import preference_rows, tiny_parameters
 from in_process import Lab
+from registries import s3, use
 from test_judge import Read, endpoint, say, the_first
 
 import run as command_line
 from preference_tuning import assessment, fingerprint, interruption, jobs
 from preference_tuning.config import RegistryConfig
-from preference_tuning.errors import ConfigError, DataError, PreferenceTuningError
+from preference_tuning.errors import ConfigError, DataError, OvertakenError, PreferenceTuningError
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.job import Evaluation
-from preference_tuning.registry import folder as registry_folder
-from preference_tuning.registry import result, verification
+from preference_tuning.registry import result, summary, verification, versions
+from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.registry.result import Registered, Result
 
@@ -185,6 +186,60 @@ def test_a_later_verdict_on_the_same_model_is_kept_with_its_evidence(history: Hi
     assert "evaluation/scores.parquet was changed" in str(verification.verify(registry, "champion"))
 
 
+def test_a_run_that_is_overtaken_stores_its_version_and_says_so(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one becomes champion after the comparison and before the promotion; then only the former is repeated."""
+    registry = copy_of(history, tmp_path)
+    registry.promote(history.weak.version.id)
+    again, config = history.rival_trained, RegistryConfig(folder=str(registry.root))
+    publish, improved = FolderRegistry.publish, history.improved.version.id
+
+    def overtaken(self: FolderRegistry, *what: Any, **more: Any) -> Any:
+        registry.promote(improved)
+        return publish(self, *what, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderRegistry, "publish", overtaken)
+        with pytest.raises(OvertakenError, match=f"{improved} became champion .* against {history.weak.version.id}"):
+            result.register(again, config)
+    assert registry.verify(history.rival.version.id) == []
+    assert registry.find("champion") == improved
+    registered = result.register(again, config)
+    assert (registered.verdict.decision, registered.promoted) == ("hold", False)
+    assert evaluation_job.load_summary(registered.evaluation).champion == improved
+
+
+def test_a_rollback_is_not_undone_by_the_same_run(history: History, tmp_path: Path) -> None:
+    registry = copy_of(history, tmp_path)
+    registry.promote(history.weak.version.id)
+    again, config = history.rival_trained, RegistryConfig(folder=str(registry.root))
+    assert result.register(again, config).promoted
+    assert verification.verify(registry, "champion").problems == []
+    registry.rollback("answers in Latin")
+    registered = result.register(again, config)
+    assert (registered.verdict.decision, registered.promoted) == ("promote", False)
+    assert registered.taken_back
+    assert "answers in Latin" in registered.metadata()["taken_back"]
+    assert "not promoted: it was taken back on" in summary.render(again, registered)
+
+
+def test_a_registry_in_an_object_store(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is stored there, is the champion, is found again from another machine, and is what the next has to beat."""
+    with s3() as address:
+        config = RegistryConfig(folder=use(address, monkeypatch, tmp_path))
+        first = result.register(history.rival_trained, config)
+        assert first.promoted
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+        registry = FolderRegistry(config)
+        assert str(verification.verify(registry, "champion")).splitlines()[-1] == "holds"
+        champion = to_beat(registry, "another")
+        assert champion is not None
+        assert champion.folder.is_relative_to(tmp_path / "another machine")
+        run = history.lab.config(**history.on("right"), registry={"folder": config.folder})
+        assert f"version {first.version.id}" in assessment.assess("champion", run)
+
+
 # --- what else is measured ------------------------------------------------------------------------------------------
 
 
@@ -239,7 +294,7 @@ def mend(version: Path) -> None:
     def change(document: dict[str, Any]) -> None:
         for part in ("model", "evidence"):
             document[f"{part}_files"] = fingerprint.manifest(version / part)
-        document["seal"] = registry_folder._seal_of(document)
+        document["seal"] = versions.seal_of(document)
 
     rewrite(version / "manifest.json", change)
 

@@ -5,6 +5,7 @@ from preference_tuning.data.table import SPLIT
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation.job import Champion
 from preference_tuning.registry.folder import FolderRegistry
+from preference_tuning.registry.pointers import Pointer
 
 
 def to_beat(registry: FolderRegistry, candidate: str) -> Champion | None:
@@ -15,7 +16,7 @@ def to_beat(registry: FolderRegistry, candidate: str) -> Champion | None:
     Raises:
         PreferenceTuningError: the champion's files are not what was published; a model is never judged without it.
     """
-    reigning = registry.champion()
+    reigning: Pointer | None = registry.champion()
     if reigning is not None and reigning.version == candidate:
         reigning = registry.previous()
     if reigning is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from preference_tuning import reports
 from preference_tuning.evaluation import report
 from preference_tuning.evaluation.job import Evaluation
-from preference_tuning.registry.folder import CHARTS
+from preference_tuning.registry.versions import CHARTS
 from preference_tuning.tracking import spool
 from preference_tuning.tracking.spool import Point, series
 from preference_tuning.training.job import METRICS

@@ -1,114 +1,104 @@
-"""The folder registry: content-addressed versions, complete or absent, and the champion as a pointer file.
+"""The registry: content-addressed versions, complete or absent, and the champion as a pointer file.
 
-    <folder>/registry.json                              marks the folder as ours
-    <folder>/<name>/versions/<id>/model/                adapter or full model, tokenizer, chat template, model card
-    <folder>/<name>/versions/<id>/evidence/             reports, records, metrics, scores, the data's manifest
-    <folder>/<name>/versions/<id>/manifest.json         hashes of every file, figures, verdict, provenance
-    <folder>/<name>/decisions/<id>-<seal>/              later evaluations of a version, with the verdict of each
-    <folder>/<name>/champion.json  previous.json        pointers, replaced in one step
+    registry.json                              marks the folder as ours
+    <name>/versions/<id>/model/                adapter or full model, tokenizer, chat template, model card
+    <name>/versions/<id>/evidence/             reports, records, metrics, scores, the data's manifest
+    <name>/versions/<id>/manifest.json         hashes of every file, figures, verdict, provenance
+    <name>/decisions/<id>-<seal>/              later evaluations of a version, with the verdict of each
+    <name>/receipts/<id>/                      how far its pushes came
+    <name>/champion.json  previous.json        pointers, replaced in one step; history/ has every change
 
-A version is written aside, synced and renamed; its id is a hash of the model's files, so publishing the same model
-again changes nothing. So is a decision.
+It lies in a folder or in an object store (``storage``). A version's id is a hash of the model's files, so publishing
+the same model again changes nothing. So is a decision. Whoever changes something holds the lock of the name.
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
-from preference_tuning import fingerprint, jobs
+from preference_tuning import fingerprint
 from preference_tuning.config import RegistryConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
-from preference_tuning.registry import contents
+from preference_tuning.registry import contents, storage
+from preference_tuning.registry.pointers import ANYONE, Anyone, Champion, Change, How, Pointer, Pointers
+from preference_tuning.registry.versions import (
+    CARD,
+    DECISION,
+    ID,
+    MANIFEST,
+    Decision,
+    Version,
+    checked_id,
+    decision_id,
+    differences,
+    read_decision,
+    read_version,
+    seal_of,
+    version_id,
+    weights_hash,
+)
 
-MARK, MANIFEST, CHAMPION, PREVIOUS = "registry.json", "manifest.json", "champion.json", "previous.json"
-DECISION, CARD = "decision.json", "README.md"
+# What callers of a registry speak of.
+__all__ = [
+    "CARD",
+    "DECISION",
+    "MANIFEST",
+    "Champion",
+    "Decision",
+    "FolderRegistry",
+    "Version",
+    "differences",
+    "version_id",
+    "weights_hash",
+]
+
+MARK = "registry.json"
 FORMAT = {"format": "preference-tuning registry", "version": 1}
-CHARTS = "charts/"
-"""The card's charts, beside it."""
-
-
-class Version(BaseModel):
-    """The manifest of a version."""
-
-    id: str
-    name: str
-    created: datetime
-    model_files: dict[str, dict[str, Any]]
-    evidence_files: dict[str, dict[str, Any]]
-    finetuning_type: Literal["sft", "dpo"]
-    base_model: dict[str, Any]
-    data: dict[str, Any]
-    config: dict[str, Any]
-    code: str
-    metrics: dict[str, Any]
-    verdict: Verdict
-    run: dict[str, str]
-    licence: str | None = None
-    """As the hub calls it; None: not known."""
-    software: dict[str, str | bool | None] = {}
-    """What made it: versions, the commit of this project, and whether files of it were changed (``modified``)."""
-    links: dict[str, str] = {}
-    """Where more is to be seen: the run in ZenML, the experiment in Comet."""
-    seal: str | None = None
-    """Hash over the other fields; None in versions from before there was one."""
-
-
-class Decision(BaseModel):
-    """The manifest of an evaluation that came after a version was published."""
-
-    version: str
-    created: datetime
-    evidence_files: dict[str, dict[str, Any]]
-    config: dict[str, Any]
-    seal: str
-    """Of the evaluation."""
-    verdict: Verdict
-
-
-class Champion(BaseModel):
-    """The pointer to the version in use."""
-
-    version: str
-    since: datetime
-    seal: str | None = None
-    """Of the evaluation whose verdict promoted it."""
 
 
 class FolderRegistry:
-    """The versions of one name in a registry folder."""
+    """The versions of one name in a registry."""
 
     def __init__(self, config: RegistryConfig) -> None:
         """Open the registry; nothing is written before something is published.
 
         Raises:
-            ConfigError: the folder holds something else, or is not a folder.
+            ConfigError: the folder holds something else, or is not a folder, or cannot be reached.
         """
-        self.root = Path(config.folder).expanduser().absolute()
+        self.storage = storage.at(config.folder)
         self.name = config.name
-        self._check_ours()
+        self.pointers = Pointers(self.storage, self.name)
+        self._marked = self._check_ours()
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return self.storage.place
+
+    @property
+    def root(self) -> Path:
+        """The registry on this machine: the folder, or where copies of a remote one lie."""
+        return self.storage.local
 
     @property
     def folder(self) -> Path:
-        """The folder of this name."""
+        """The folder of this name in ``root``."""
         return self.root / self.name
 
     def path(self, version: str) -> Path:
-        """Return the folder of a version."""
-        return self.folder / "versions" / version
+        """Return the folder of a version, to be read; of a remote registry a copy."""
+        return self.storage.folder(self._at("versions", checked_id(version)))
 
     def decision(self, version: str, seal: str) -> Path:
         """Return the folder of a later decision on a version, by the seal of its evaluation."""
-        return self.folder / "decisions" / f"{version}-{seal[:16]}"
+        return self.storage.folder(self._at("decisions", decision_id(version, seal)))
 
     def find(self, name: str) -> str | None:
         """Return the id of the version that is meant by ``champion``, ``previous``, an id or the beginning of one.
@@ -120,58 +110,63 @@ class FolderRegistry:
         if name in pointers:
             pointer = pointers[name]()
             return pointer.version if pointer else None
-        found = [version for version in self.ids() if version.startswith(name)]
+        found = [version for version in self.ids() if name and version.startswith(name)]
         if len(found) > 1:
             raise ConfigError(f"registry: {name!r} is the beginning of several versions: {', '.join(found)}")
         return found[0] if found else None
 
     def ids(self) -> list[str]:
         """Return the ids of all versions."""
-        return sorted(path.parent.name for path in self.folder.glob(f"versions/[!.]*/{MANIFEST}"))
+        return list(filter(ID.fullmatch, self.storage.names(self._at("versions"), holding=MANIFEST)))
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in a folder of this name, such as ``receipts``."""
+        return self.storage.names(self._at(folder))
 
     def read(self, name: str) -> str | None:
         """Return a small file of this name's folder, such as a receipt, or None if there is none."""
-        path = self.folder / name
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        content = self.storage.read(self._at(name))
+        return None if content is None else content.decode("utf-8")
 
     def write(self, name: str, text: str) -> None:
         """Write a small file of this name's folder so that a reader finds the old one or the new one."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        jobs.write_text(path, text)
+        with self.exclusive():
+            self.storage.write(self._at(name), text.encode("utf-8"))
 
     def check_writable(self) -> None:
-        """Make sure that a version could be written here, leaving no trace if nothing was here before.
+        """Make sure that a version could be written here, leaving no trace.
 
         Raises:
             ConfigError: it could not.
         """
-        there = next(path for path in (self.root, *self.root.parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(f"registry.folder: cannot write {self.root}: no permission in {there}")
+        self.storage.check(self.name)
 
     def champion(self) -> Champion | None:
         """Return the pointer to the champion, or None if nothing was promoted yet."""
-        return self._pointer(CHAMPION)
+        return self.pointers.champion()
 
-    def previous(self) -> Champion | None:
+    def previous(self) -> Pointer | None:
         """Return the pointer to the champion before, or None if there was none."""
-        return self._pointer(PREVIOUS)
+        return self.pointers.previous()
 
-    def _pointer(self, name: str) -> Champion | None:
-        path = self.folder / name
-        return Champion.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def history(self) -> list[Change]:
+        """Return every change of the champion, the first one first."""
+        return self.pointers.history()
 
     def version(self, id: str) -> Version:
         """Return the manifest of a version.
 
         Raises:
-            PreferenceTuningError: there is no such version.
+            PreferenceTuningError: there is no such version, or its manifest is not one of ours.
         """
-        path = self.path(id) / MANIFEST
-        if not path.is_file():
-            raise PreferenceTuningError(f"registry: no version {id!r} of {self.name!r} in {self.root}")
-        return Version.model_validate_json(path.read_text(encoding="utf-8"))
+        return read_version(self._manifest(id), id)
+
+    def decisions(self, version: str) -> list[Decision]:
+        """Return the later decisions on a version, the oldest first."""
+        folders = self.storage.names(self._at("decisions"), holding=DECISION)
+        found = [name for name in folders if name.startswith(f"{version}-")]
+        read = [read_decision(self.read(f"decisions/{name}/{DECISION}") or "", name) for name in found]
+        return sorted(read, key=lambda decision: decision.created)
 
     def publish(
         self, model: Path, evidence: dict[str, Path], card: Mapping[str, str], facts: dict[str, Any]
@@ -190,9 +185,8 @@ class FolderRegistry:
         if refused := contents.problems(model, evidence):
             raise PreferenceTuningError(f"registry: nothing is published: {'; '.join(refused)}")
         new = version_id(model)
-        with self._lock():
-            self._clear_leftovers()
-            if (self.path(new) / MANIFEST).is_file():
+        with self.exclusive():
+            if new in self.ids():
                 return self.version(new)
             return self._write(new, model, evidence, card, facts)
 
@@ -208,60 +202,119 @@ class FolderRegistry:
             seal: of the evaluation.
             verdict: on the version.
         """
-        folder = self.decision(version, seal)
-        with self._lock():
-            self._clear_leftovers()
-            if (folder / DECISION).is_file():
-                return folder
-            aside = self._aside("decisions", evidence)
-            decision = Decision(
-                version=version,
-                created=datetime.now(UTC),
-                evidence_files=fingerprint.manifest(aside / "evidence"),
-                config=config,
-                seal=seal,
-                verdict=verdict,
-            )
-            _put(aside, folder, DECISION, decision)
-        return folder
+        place = self._at("decisions", decision_id(version, seal))
+        with self.exclusive():
+            if self.storage.read(f"{place}/{DECISION}") is None:
+                aside = self._aside(place, evidence)
+                decision = Decision(
+                    version=version,
+                    created=datetime.now(UTC),
+                    evidence_files=fingerprint.manifest(aside / "evidence"),
+                    config=config,
+                    seal=seal,
+                    verdict=verdict,
+                )
+                self._put(aside, place, DECISION, decision)
+        return self.storage.folder(place)
 
-    def promote(self, id: str, seal: str | None = None) -> None:
+    def promote(
+        self,
+        id: str,
+        seal: str | None = None,
+        expected: str | Anyone | None = ANYONE,
+        how: How = "verdict",
+        reason: str | None = None,
+    ) -> None:
         """Make a version the champion; the one before becomes the previous one.
 
         Args:
             id: of the version.
             seal: of the evaluation whose verdict this is.
+            expected: the champion that the verdict was made against; None: none reigned.
+            how: and ``reason``: for the history.
+            reason: in words.
 
         Raises:
+            OvertakenError: another champion reigns than the expected one; nothing is changed.
             PreferenceTuningError: there is no such version, or its files are not what was published.
         """
         if problems := self.verify(id):
             raise PreferenceTuningError(f"registry: version {id} is not promoted: {'; '.join(problems)}")
-        with self._lock():
-            current = self.champion()
-            if current and current.version == id:
-                return
-            if current:
-                jobs.write_text(self.folder / PREVIOUS, current.model_dump_json(indent=2) + "\n")
-            pointer = Champion(version=id, since=datetime.now(UTC), seal=seal)
-            jobs.write_text(self.folder / CHAMPION, pointer.model_dump_json(indent=2) + "\n")
-            jobs.sync(self.folder)
+        with self.exclusive():
+            self._manifest(id)  # it may have been removed since
+            self.pointers.move(id, how, seal, reason, expected)
+
+    def rollback(self, reason: str | None = None) -> Champion:
+        """Make the previous champion the champion again, and this one the previous one, and return the pointer.
+
+        Raises:
+            ConfigError: there is no previous one.
+            OvertakenError: another process changed the champion meanwhile.
+            PreferenceTuningError: its files are not what was published.
+        """
+        now, previous = self.champion(), self.previous()
+        if now is None or previous is None:
+            raise ConfigError(f"registry: {self.name!r} in {self.place} has no previous champion")
+        if problems := self.verify(previous.version):
+            raise PreferenceTuningError(
+                f"registry: version {previous.version} does not become champion again: {'; '.join(problems)}"
+            )
+        with self.exclusive():
+            self._manifest(previous.version)
+            return self.pointers.move(previous.version, "rollback", previous.seal, reason, now.version)
+
+    def taken_back(self, id: str) -> Change | None:
+        """Return the rollback that ended a version's time as champion, if nobody has promoted it since."""
+        last = [change for change in self.history() if id in (change.before, change.after)][-1:]
+        return last[0] if last and last[0].how == "rollback" and last[0].before == id else None
 
     def verify(self, id: str) -> list[str]:
         """Return what differs from the manifest of a version, a line for each file; nothing if all is as published."""
-        version, folder = self.version(id), self.path(id)
+        version, document = self.version(id), json.loads(self._manifest(id))
+        folder = self.storage.folder(self._at("versions", id), fresh=True)
         problems = []
-        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if version.seal is not None and version.seal != _seal_of(document):
+        if version.seal is not None and version.seal != seal_of(document):
             problems.append(f"{MANIFEST} was changed")
         for part, listed in (("model", version.model_files), ("evidence", version.evidence_files)):
             problems += differences(folder / part, listed)
         return problems
 
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock of this name: nobody else changes anything, and what killed writers left is put right.
+
+        Raises:
+            ConfigError: nothing can be written there.
+            TransientError: somebody else holds it for too long.
+            PreferenceTuningError: writing failed, as on a full disk.
+        """
+        try:
+            if not self._marked:
+                with self.storage.lock(""):
+                    self.storage.create(MARK, json.dumps(FORMAT, indent=2).encode() + b"\n")
+                self._marked = True
+            with self.storage.lock(self.name):
+                self.pointers.complete()
+                yield
+        except OSError as error:
+            said = error.strerror or str(error)
+            raise PreferenceTuningError(
+                f"registry: cannot write {self.place}: {said}; nothing is half published, the same command completes it"
+            ) from error
+
+    def _at(self, *parts: str) -> str:
+        return "/".join((self.name, *parts))
+
+    def _manifest(self, id: str) -> str:
+        text = self.read(f"versions/{checked_id(id)}/{MANIFEST}")
+        if text is None:
+            raise PreferenceTuningError(f"registry: no version {id!r} of {self.name!r} in {self.place}")
+        return text
+
     def _write(
         self, id: str, model: Path, evidence: dict[str, Path], card: Mapping[str, str], facts: dict[str, Any]
     ) -> Version:
-        aside = self._aside("versions", evidence)
+        aside = self._aside(self._at("versions", id), evidence)
         shutil.copytree(model, aside / "model")
         for name, text in card.items():
             (aside / "model" / name).parent.mkdir(exist_ok=True)
@@ -275,86 +328,39 @@ class FolderRegistry:
             **facts,
         )
         # Of the values as they are read again: JSON has no nan.
-        sealed = version.model_copy(update={"seal": _seal_of(json.loads(version.model_dump_json()))})
-        _put(aside, self.path(id), MANIFEST, sealed)
+        sealed = version.model_copy(update={"seal": seal_of(json.loads(version.model_dump_json()))})
+        self._put(aside, self._at("versions", id), MANIFEST, sealed)
         return sealed
 
-    def _aside(self, kind: str, evidence: dict[str, Path]) -> Path:
-        """Return a new folder beside those of its kind, with a copy of the evidence."""
-        aside = self.folder / kind / f".writing-{uuid.uuid4().hex}"
+    def _aside(self, place: str, evidence: dict[str, Path]) -> Path:
+        """Return a new folder for what is to be put in a place, with a copy of the evidence."""
+        aside = self.storage.aside(place)
         for name, folder in evidence.items():
             shutil.copytree(folder, aside / "evidence" / name)
-        aside.mkdir(parents=True, exist_ok=True)
         return aside
 
-    def _clear_leftovers(self) -> None:
-        for path in self.folder.glob("*/.writing-*"):
-            shutil.rmtree(path)
+    def _put(self, aside: Path, place: str, name: str, manifest: BaseModel) -> None:
+        """Complete what was written aside by its manifest, and put it in place in one step."""
+        (aside / name).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self.storage.publish(aside, place, name)
 
-    def _check_ours(self) -> None:
-        if not self.root.exists():
-            return
-        if not self.root.is_dir():
-            raise ConfigError(f"registry.folder: {self.root} is a file, not a folder")
-        mark = self.root / MARK
-        if mark.is_file():
-            try:
-                found = json.loads(mark.read_text(encoding="utf-8"))
-            except ValueError:
-                found = None
-            if found != FORMAT:
-                raise ConfigError(f"registry.folder: {self.root} is a registry of another kind: {found!r}")
-        elif any(self.root.iterdir()):
+    def _check_ours(self) -> bool:
+        """Return whether the mark is there already."""
+        mark = self.storage.read(MARK)
+        if mark is None:
+            if not self.storage.names(""):
+                return False
+            # Another process may have begun the registry between the two looks.
+            mark = self.storage.read(MARK)
+        if mark is None:
             raise ConfigError(
-                f"registry.folder: {self.root} holds files that are not a registry of ours (it has no {MARK}); "
+                f"registry.folder: {self.place} holds files that are not a registry of ours (it has no {MARK}); "
                 "name an empty or a new folder"
             )
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
         try:
-            (self.folder / "versions").mkdir(parents=True, exist_ok=True)
-            if not (self.root / MARK).is_file():
-                jobs.write_json(self.root / MARK, FORMAT)
-            stream = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"registry.folder: cannot write {self.root}: {error.strerror}") from None
-        with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
-
-
-def version_id(model: Path) -> str:
-    """Return the id of the version that the model in a folder is or would be; its card is no part of it."""
-    return weights_hash(model)[:16]
-
-
-def weights_hash(model: Path) -> str:
-    """Return the hash of a model's folder as training left it, without the card that publishing adds."""
-    files = fingerprint.manifest(model, skip=[CARD])
-    return fingerprint.of_value({name: file for name, file in files.items() if not name.startswith(CHARTS)})
-
-
-def differences(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
-    """Return what differs from a list of files, a line for each; names begin with that of the folder."""
-    found, part = fingerprint.manifest(folder), folder.name
-    return [
-        *(f"{part}/{name} is missing" for name in listed if name not in found),
-        *(f"{part}/{name} is not part of it" for name in found if name not in listed),
-        *(f"{part}/{name} was changed" for name in listed if found.get(name, listed[name]) != listed[name]),
-    ]
-
-
-def _seal_of(document: dict[str, Any]) -> str:
-    """Return the hash of a manifest without its seal."""
-    return fingerprint.of_value({name: value for name, value in document.items() if name != "seal"})
-
-
-def _put(aside: Path, folder: Path, name: str, manifest: BaseModel) -> None:
-    """Complete what was written aside by its manifest, sync it and put it in place in one step."""
-    (aside / name).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for path in sorted(aside.rglob("*")):
-        jobs.sync(path)
-    jobs.sync(aside)
-    aside.rename(folder)
-    jobs.sync(folder.parent)
+            found = json.loads(mark)
+        except ValueError:
+            found = None
+        if found != FORMAT:
+            raise ConfigError(f"registry.folder: {self.place} is a registry of another kind: {found!r}")
+        return True

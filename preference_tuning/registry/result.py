@@ -20,6 +20,7 @@ from preference_tuning.models.source import ModelSource, pinned
 from preference_tuning.registry import card, charts, evidence, provenance
 from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import CARD, FolderRegistry, Version, version_id
+from preference_tuning.registry.pointers import Change
 from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.training import unfinished
 from preference_tuning.training.job import METRICS, TrainingRecord
@@ -62,6 +63,8 @@ class Registered(BaseModel):
     promoted: bool
     verdict: Verdict
     champion: str | None
+    taken_back: Change | None
+    """The rollback that keeps it from becoming champion again by its own verdict."""
     evaluation: Path
     """The evidence of the verdict."""
 
@@ -74,15 +77,18 @@ class Registered(BaseModel):
             "champion": self.champion or "none",
             "decision": self.verdict.decision,
             "reason": self.verdict.reason,
+            **({"taken_back": str(self.taken_back)} if self.taken_back else {}),
         }
 
 
 def register(result: Result, config: RegistryConfig) -> Registered:
     """Store a result as a version, make it champion if its evidence allows, and remove what only training needed.
 
-    The verdict is the evaluation's, against the champion that reigns now.
+    The verdict is the evaluation's, against the champion that reigns now. A version that somebody took back stays where
+    it is: its run would find the champion of old again, and the same verdict, and undo what was decided by hand.
 
     Raises:
+        OvertakenError: another model became champion since; the version is stored and nothing else is changed.
         PreferenceTuningError: the result is not finished or healthy, or cannot be stored.
     """
     registry = FolderRegistry(config)
@@ -95,9 +101,10 @@ def register(result: Result, config: RegistryConfig) -> Registered:
     if version.metrics.get("seal") != evaluation.seal:
         # The same model was published with the evaluation of another day.
         registry.keep_decision(version.id, kept, facts["config"], evaluation.seal, verdict)
-    if verdict.decision == "promote":
-        registry.promote(version.id, evaluation.seal)
     unfinished.clear(result.output_dir)
+    taken_back = registry.taken_back(version.id)
+    if verdict.decision == "promote" and taken_back is None:
+        registry.promote(version.id, evaluation.seal, expected=evaluation.champion)
     now = registry.champion()
     champion = now.version if now else None
     return Registered(
@@ -106,6 +113,7 @@ def register(result: Result, config: RegistryConfig) -> Registered:
         promoted=champion == version.id,
         verdict=verdict,
         champion=champion,
+        taken_back=taken_back,
         evaluation=evaluated.evidence,
     )
 

@@ -31,6 +31,8 @@ def render(result: Result, registered: Registered) -> str:
 def _standing(registered: Registered) -> str:
     if registered.promoted:
         return "now the champion"
+    if registered.verdict.decision == "promote" and registered.taken_back:
+        return f"not promoted: it was taken back on {registered.taken_back.at:%Y-%m-%d} (run.py registry promote)"
     return f"not promoted; the champion is {registered.champion}" if registered.champion else "not promoted"
 
 

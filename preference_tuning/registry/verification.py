@@ -88,7 +88,7 @@ def verify(registry: FolderRegistry, name: str) -> Verification:
     version = registry.find(name)
     if version is None:
         known = ", ".join(registry.ids()) or "none yet"
-        raise ConfigError(f"registry: no version {name!r} of {registry.name!r} in {registry.root}; there are: {known}")
+        raise ConfigError(f"registry: no version {name!r} of {registry.name!r} in {registry.place}; there are: {known}")
     pointer = registry.champion()
     seal = pointer.seal if pointer and pointer.version == version else None
     try:
