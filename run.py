@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(command=evaluate)
     _add_registry(commands)
+    _add_track(commands)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -107,6 +108,20 @@ def _add_registry(commands: Any) -> None:
             text = "`champion`, `previous`, an id or the beginning of one"
             verb.add_argument("version", nargs="?" if default else None, default=default, metavar="VERSION", help=text)
         verb.set_defaults(command=registry, verb=name)
+
+
+def _add_track(commands: Any) -> None:
+    text = "show what of each run is in Comet, and send what is missing there"
+    verbs = commands.add_parser("track", help=text, description=text).add_subparsers(required=True, metavar="VERB")
+    for name, text in {
+        "list": "every run: how many records it has, and how many of them are in Comet and in archives",
+        "upload": "send what Comet does not have; needs COMET_API_KEY",
+    }.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("--folder", type=Path, default=Path("outputs"), metavar="DIR", help="the runs' output_dir")
+        if name == "upload":
+            verb.add_argument("runs", nargs="*", metavar="RUN", help="names, or beginnings of ids; without one, all")
+        verb.set_defaults(command=track, verb=name)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -181,6 +196,15 @@ def registry(options: argparse.Namespace) -> None:
     loaded = config.load(options.config, options.set).config if options.config else None
     section = loaded.registry if loaded else config.RegistryConfig()
     raise NotImplementedError(section)
+
+
+def track(options: argparse.Namespace) -> None:
+    """List the tracked runs, or send to Comet what it lacks of them."""
+    from preference_tuning.tracking import overview
+
+    root = options.folder / "tracking"
+    for line in overview.listing(root) if options.verb == "list" else overview.upload(root, options.runs):
+        print(line)
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -5,15 +5,17 @@ Read from the run and not passed as parameters, so that it is no part of a cache
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from zenml import get_step_context
 from zenml.client import Client
+from zenml.utils import dashboard_utils
 
 from preference_tuning import interruption
 from preference_tuning.config import JudgeConfig, RunConfig
 from preference_tuning.errors import ConfigError
-from preference_tuning.tracking.comet import CometRun
+from preference_tuning.tracking.recording import Tracking
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Run:
     config: RunConfig
     fresh: bool
     """Whether finished work is to be done anew (`--no-cache`)."""
+    url: str | None = None
+    """Where ZenML's dashboard shows the run, if there is a server."""
 
     @property
     def output_dir(self) -> Path:
@@ -36,11 +40,12 @@ class Run:
         """Whose training this is: the name in the registry."""
         return self.config.registry.name
 
-    @property
-    def comet(self) -> CometRun:
-        """The one experiment of the run; its key is the id of the ZenML run."""
-        folder = (self.output_dir / "comet" / self.id).absolute()
-        return CometRun(config=self.config.tracking, experiment_key=self.id, folder=folder)
+    @cached_property
+    def tracking(self) -> Tracking:
+        """The tracking of the run; the id of the ZenML run is the key of its one experiment in Comet."""
+        root = (self.output_dir / "tracking").absolute()
+        settings = self.config.model_dump(mode="json")
+        return Tracking(root, self.config.tracking, self.id, self.name, settings, self.url)
 
 
 def current_run() -> Run:
@@ -52,6 +57,7 @@ def current_run() -> Run:
         name=run.name,
         config=RunConfig.model_validate(run.config.parameters),
         fresh=run.config.enable_cache is False,
+        url=dashboard_utils.get_run_url(run),
     )
 
 

@@ -74,7 +74,8 @@ class Folders:
         evaluation = Evaluation.model_validate(
             {
                 "pairs": 1, "dropped": 0, "data_fingerprint": "data", "base_model_fingerprint": "base",
-                "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned}, "models": {},
+                "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned},
+                "models": {"sft": {"nll/chosen": {"value": 1.0, "low": 0.9, "high": 1.1}}},
                 "terms": {"candidate": "dpo", "references": {"dpo": "sft"}, "beta": 0.1, "config": {}, "champion": None},
                 "bonds": {}, "seal": "s",
                 "samples": [], "worse": [], "verdict": {"decision": "promote", "candidate": "dpo", "rules": []}, "seconds": 1,
