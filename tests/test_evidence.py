@@ -143,7 +143,7 @@ UNFINISHED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     ),
     "evaluation's metrics twice": (
         lambda f: (f.evaluation / "metrics.jsonl").write_text((f.evaluation / "metrics.jsonl").read_text() * 2),
-        "hold 2 points instead of one",
+        "are not the figures of its summary, each once",
     ),
 }  # fmt: skip
 

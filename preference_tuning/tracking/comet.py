@@ -4,7 +4,6 @@ Only what is handed over here goes out: comet_ml's own loggers of code, environm
 """
 
 import contextlib
-import csv
 import logging
 import os
 import shutil
@@ -37,7 +36,7 @@ SETTINGS = {
     "COMET_ERROR_TRACKING_ENABLE": "false",
 }
 """How comet_ml is set; it reads them from the environment, each time."""
-ASSET_TYPES: dict[Kind, str | None] = {"file": None, "table": "dataframe", "chart": "image"}
+ASSET_TYPES: dict[Kind, str] = {"file": "asset", "chart": "image"}
 
 
 class Experiment:
@@ -64,7 +63,7 @@ class Experiment:
             raise ConfigError(f"{KEY} is not set; sending to Comet needs it")
         with _told():
             _configure()
-            from comet_ml import connection as connections
+            from comet_ml.connection import connection_factory as connections
             from comet_ml.exceptions import ExperimentAlreadyUploaded
 
             connection = connections.get_rest_server_connection(api_key=key, experiment_key=about.id)
@@ -78,10 +77,8 @@ class Experiment:
             url = f"{answer.focus_link}{about.id}" if answer.focus_link else None
             found = cls(about, connection, client, known, url)
             found.beat()
-            if not known:
-                client.log_experiment_other(about.id, "Name", about.name)
-                if about.tags:
-                    client.add_experiment_tags(about.id, list(about.tags))
+            if about.tags:
+                client.add_experiment_tags(about.id, list(about.tags))
             return found
 
     def known(self, names: Collection[str]) -> Known:
@@ -177,7 +174,7 @@ class Archive:
             mode="get_or_create",
             experiment_config=private_settings(self._aside, about.tags),
         )
-        self._experiment.log_other("Name", about.name)
+        self._experiment.streamer.queue_timeout = 0.05  # its thread sees the end after this time; it is a second else
 
     def known(self, names: Collection[str]) -> Known:
         """Return nothing: an archive is empty at first."""
@@ -198,11 +195,7 @@ class Archive:
 
     def asset(self, path: Path, name: str, kind: Kind) -> None:
         """Write a file."""
-        if kind == "table":
-            with path.open(encoding="utf-8", newline="") as stream:
-                header, *rows = csv.reader(stream)
-            self._experiment.log_table(name, rows, headers=header)
-        elif kind == "chart":
+        if kind == "chart":
             self._experiment.log_image(str(path), name=name)
         else:
             self._experiment.log_asset(str(path), file_name=name)
@@ -263,33 +256,32 @@ def _configure() -> None:
     logging.getLogger("comet_ml").setLevel(logging.CRITICAL)
 
 
+REFUSALS = {
+    "InvalidAPIKey": f"Comet does not know the key in {KEY}; take it from your settings in Comet",
+    "InvalidWorkspace": "tracking.workspace: Comet has no such workspace, or the key may not write to it",
+    "ServiceAccountWorkspaceRestricted": "tracking.workspace: the service account may not write to it",
+    "ProjectNameEmpty": "tracking.project: Comet wants a name",
+    "ProjectNameIsTooLong": "tracking.project: the name is too long for Comet",
+    "ViewOnlyAccessException": f"the key in {KEY} may only read",
+    "SDKVersionIsTooOldException": "Comet wants a newer comet-ml; update it",
+    "MaxExperimentNumberReachedException": "the project in Comet is full",
+}
+"""What comet_ml raises where trying again does not help; its own messages may hold the key."""
+
+
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Turn what comet_ml raises into our errors; its own messages may hold the key."""
+    """Turn what comet_ml raises into our errors."""
+    import requests
+    from comet_ml.exceptions import CometException
+
     try:
         yield
-    except (ConfigError, TransientError):
-        raise
-    except Exception as error:
-        raise _meaning(error) from None
-
-
-def _meaning(error: Exception) -> Exception:
-    refusals: dict[str, str] = {
-        "InvalidAPIKey": f"Comet does not know the key in {KEY}; take it from your settings in Comet",
-        "InvalidWorkspace": "tracking.workspace: Comet has no such workspace, or the key may not write to it",
-        "ServiceAccountWorkspaceRestricted": "tracking.workspace: the service account may not write to it",
-        "ProjectNameEmpty": "tracking.project: Comet wants a name",
-        "ProjectNameIsTooLong": "tracking.project: the name is too long for Comet",
-        "ViewOnlyAccessException": f"the key in {KEY} may only read",
-        "SDKVersionIsTooOldException": "Comet wants a newer comet-ml; update it",
-        "MaxExperimentNumberReachedException": "the project in Comet is full",
-    }
-    kind = type(error).__name__
-    if kind in refusals:
-        return ConfigError(refusals[kind])
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return ConfigError(f"Comet refuses the key in {KEY} ({status})")
-    reason = f"it answers {status}" if status else kind
-    return TransientError(f"Comet cannot be reached ({reason})")
+    # A ValueError is what comet_ml makes of an answer that it does not understand.
+    except (CometException, requests.RequestException, OSError, ValueError) as error:
+        kind, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
+        if kind in REFUSALS:
+            raise ConfigError(REFUSALS[kind]) from None
+        if status in (401, 403):
+            raise ConfigError(f"Comet refuses the key in {KEY} ({status})") from None
+        raise TransientError(f"Comet cannot be reached ({f'it answers {status}' if status else kind})") from None

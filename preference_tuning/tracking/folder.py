@@ -15,9 +15,10 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from pydantic import BaseModel
 
@@ -190,15 +191,24 @@ class RunFolder:
         return sorted((self.path / ARCHIVES).glob("*.zip"))
 
     @contextlib.contextmanager
-    def sole(self) -> Iterator[bool]:
-        """Be the only one who delivers to Comet, and yield whether that is so."""
+    def sole(self, patience: float = 0.0) -> Iterator[bool]:
+        """Be the only one who delivers to Comet, and yield whether that is so; who only looks goes in a moment."""
+        until = time.monotonic() + patience
         with (self.path / LOCK).open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
+            while not _taken(stream):
+                if time.monotonic() >= until:
+                    yield False
+                    return
+                time.sleep(0.05)
             yield True
+
+
+def _taken(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def runs(root: Path) -> list[RunFolder]:

@@ -58,7 +58,7 @@ class Stage:
             others={name: _fact(value) for name, value in told.others.items() if value is not None},
         )
         for name, rows in told.tables.items():
-            contents.assets.append(self._folder.add_file(name, "table", guard.scrub(_csv(rows))))
+            contents.assets.append(self._folder.add_file(name, "file", guard.scrub(_csv(rows))))
         for name, path in told.reports.items():
             page = guard.scrub(path.read_text(encoding="utf-8"))
             contents.assets.append(self._folder.add_file(name, "file", page))
@@ -126,7 +126,7 @@ class Tracking:
         jobs.write_json(self.run.path / RUN, about.model_dump(mode="json"))
         first = self.run.stage("run")
         if not first.path.is_dir():
-            links = {"zenml/run": self._name, "zenml/run_id": self.key, "zenml/url": self._url}
+            links = {"Name": self._name, "zenml/run": self._name, "zenml/run_id": self.key, "zenml/url": self._url}
             Stage(first).add(Told(parameters=self._settings, others=links))
             asked.gather(self.config, first)
         if self._mode == "online":

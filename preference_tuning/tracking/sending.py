@@ -78,7 +78,7 @@ def send(run: RunFolder) -> None:
 
     Comet may be gone, slow or wrong meanwhile; it is tried again, and asked what it has before anything is repeated.
     """
-    with run.sole() as free:
+    with run.sole(patience=1.0) as free:
         if not free:
             return
         threading.Thread(target=_end_in_time, args=(run,), daemon=True).start()

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from preference_tuning.tracking.spool import Point
 
-Kind = Literal["file", "table", "chart"]
+Kind = Literal["file", "chart"]
 Fact = str | int | float | bool
 
 
@@ -41,7 +41,7 @@ class Tracker(Protocol):
         """Take facts that are no measurements: hashes, counts, the verdict, links."""
 
     def asset(self, path: Path, name: str, kind: Kind) -> None:
-        """Take a file: as it is, as a table (CSV), or as a chart (SVG)."""
+        """Take a file: as it is (tables are CSV), or as a picture (SVG)."""
 
     def beat(self) -> None:
         """Say that the run still lives."""
