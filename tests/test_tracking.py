@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,15 +47,12 @@ def write(evidence: Path, found: list[Point], resume_at: int = 0) -> None:
     spool.close()
 
 
-@pytest.fixture
-def comet(monkeypatch: pytest.MonkeyPatch) -> Iterator[CometServer]:
-    """A Comet that answers, and the environment of whoever uses it."""
-    server = CometServer()
-    for name, value in server.environment.items():
+@pytest.fixture(autouse=True)
+def reachable(comet: CometServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comet answers, and everybody here talks to it."""
+    for name, value in comet.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(delivery, "SETTLE_SECONDS", 0.0)
-    yield server
-    server.close()
 
 
 def tracking(folder: Path, run: str = RUN, mode: str = "auto", **settings: Any) -> Tracking:
@@ -62,11 +60,26 @@ def tracking(folder: Path, run: str = RUN, mode: str = "auto", **settings: Any) 
     return Tracking(folder / "tracking", config, run, f"run {run[:4]}", {"dpo": {"beta": 0.1}})
 
 
+def fail(track: Tracking, evidence: Path, found: list[Point], error: BaseException) -> None:
+    """Let the SFT stage of a run fail after some points."""
+    with track.stage("sft") as stage:
+        stage.follow(evidence)
+        write(evidence, found)
+        raise error
+
+
 def until(reached: Callable[[], bool], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def finish(track: Tracking) -> None:
+    """Close a run and wait until its sender has ended, however slow this machine is."""
+    until(sender_of(track.run))
+    track.close()
+    until(lambda: not sender_of(track.run)())
 
 
 def sender_of(run: RunFolder) -> Callable[[], bool]:
@@ -180,6 +193,7 @@ def test_what_is_told_names_no_secret_and_no_place(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_mode_follows_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMET_API_KEY")
     assert account.mode_of(TrackingConfig()) == "offline"
     assert account.mode_of(TrackingConfig(mode="off")) == "off"
     with pytest.raises(ConfigError, match="needs COMET_API_KEY"):
@@ -230,7 +244,7 @@ def test_comet_sees_a_run_while_it_lives(comet: CometServer, tmp_path: Path) -> 
         write(tmp_path / "job", points(5)[3:], resume_at=3)
         until(lambda: len(comet.experiments[RUN].points) == 10)
         stage.add(Told(others={"sft/steps": 5}, tables={"sft/table.csv": [["a"], [1]]}))
-    track.close()
+    finish(track)
     kept = comet.experiments[RUN]
     assert kept.metrics == values(points(5))
     assert kept.parameters == {"dpo/beta": "0.1"}
@@ -241,7 +255,6 @@ def test_comet_sees_a_run_while_it_lives(comet: CometServer, tmp_path: Path) -> 
     assert (kept.project, kept.workspace, kept.tags, kept.state) == ("p", "team", ["night"], "finished")
     assert track.told() == f"http://comet/somebody/p/{RUN}"
     assert track.links() == {"comet/experiment": RUN, "comet/url": track.told()}
-    until(lambda: not sender_of(track.run)())
 
 
 def test_a_spool_that_is_cut_back_to_a_checkpoint_sends_nothing_twice(comet: CometServer, tmp_path: Path) -> None:
@@ -252,7 +265,7 @@ def test_a_spool_that_is_cut_back_to_a_checkpoint_sends_nothing_twice(comet: Com
         until(lambda: RUN in comet.experiments and len(comet.experiments[RUN].points) == 10)
         # A fresh process continues from the checkpoint at step 2.
         write(tmp_path / "job", points(8, "dpo")[2:], resume_at=2)
-    track.close()
+    finish(track)
     assert comet.experiments[RUN].metrics == values(points(8, "dpo"))
 
 
@@ -281,19 +294,19 @@ def test_nothing_is_lost_or_doubled_when_comet_is_in_trouble(
     else:
         comet.fail = break_after(1, trouble)
     track = tracking(tmp_path)
-    begun = time.monotonic()
+    waits: list[float] = []
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: (waits.append(s), time.sleep(s)))
+    monkeypatch.setattr(recording, "time", clock)
     with track.stage("sft") as stage:
         stage.follow(tmp_path / "job")
         write(tmp_path / "job", points(4))
-        added = time.monotonic() - begun
         if trouble != "unreachable":
             until(lambda: RUN in comet.experiments and len(comet.experiments[RUN].points) == 8)
         write(tmp_path / "job", points(9)[4:], resume_at=4)
         stage.add(Told(others={"sft/steps": 9}))
         until(lambda: trouble == "unreachable" or sum(p.endswith("experiment/metric") for p in comet.paths) > 1)
-    begun = time.monotonic()
     track.close()
-    assert added + time.monotonic() - begun < 5.0
+    assert sum(waits) <= recording.GRACE_SECONDS, "the run waits no longer, and nowhere else"
     assert "python run.py track upload a1a1a1a1" in track.told()
     total, left = overview.counted(track.run, track.run.ledger())
     assert 0 < left <= total
@@ -392,10 +405,8 @@ def test_a_killed_run_keeps_its_metrics_when_another_continues_its_job(tmp_path:
 
 def test_a_stage_that_fails_ends_the_run_and_says_why(comet: CometServer, tmp_path: Path) -> None:
     track = tracking(tmp_path)
-    with pytest.raises(PreferenceTuningError, match="no room"), track.stage("sft") as stage:
-        stage.follow(tmp_path / "job")
-        write(tmp_path / "job", points(2))
-        raise PreferenceTuningError("no room in /home/me/outputs")
+    with pytest.raises(PreferenceTuningError, match="no room"):
+        fail(track, tmp_path / "job", points(2), PreferenceTuningError("no room in /home/me/outputs"))
     until(lambda: RUN in comet.experiments and comet.experiments[RUN].state == "crashed")
     kept = comet.experiments[RUN]
     assert kept.metrics == values(points(2))
@@ -410,9 +421,8 @@ def test_a_key_that_comet_refuses_later_is_said_and_ends_the_sender(
     with track.stage("sft") as stage:
         stage.follow(tmp_path / "job")
         write(tmp_path / "job", points(2))
-    track.close()
+    finish(track)
     assert "Comet does not know the key in COMET_API_KEY" in track.told()
-    until(lambda: not sender_of(track.run)())
     with pytest.raises(ConfigError, match="does not know the key"):
         list(overview.upload(track.root, []))
     assert "canary" not in "".join(path.read_text() for path in track.run.path.glob("*.*"))
@@ -428,7 +438,7 @@ def test_off_sends_nothing_and_can_be_uploaded_by_name_alone(tmp_path: Path, com
         write(tmp_path / "job", points(2))
     track.close()
     assert (track.told(), track.links(), comet.paths, track.run.archives()) == ("off", {}, [], [])
-    assert list(overview.upload(track.root, []))[0].startswith("no run is tracked")
+    assert next(iter(overview.upload(track.root, []))).startswith("no run is tracked")
     list(overview.upload(track.root, [RUN[:6]]))
     assert comet.experiments[RUN].metrics == values(points(2))
 
@@ -467,7 +477,7 @@ def test_the_command_line_lists_runs_and_knows_their_names(tmp_path: Path) -> No
 
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         whole = [sys.executable, str(ROOT / "run.py"), "track", *words, "--folder", str(tmp_path)]
-        return subprocess.run(whole, capture_output=True, text=True)
+        return subprocess.run(whole, capture_output=True, text=True, env={**os.environ, "COMET_API_KEY": ""})
 
     header, *lines = command("list").stdout.splitlines()
     assert header.split() == ["run", "mode", "stands", "records", "in", "Comet", "archived", "name"]
