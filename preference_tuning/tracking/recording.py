@@ -55,7 +55,7 @@ class Stage:
         """Tell what is known of it; nothing secret and no place of this machine is kept."""
         contents = Contents(
             parameters=guard.flat(told.parameters),
-            others={name: _fact(value) for name, value in told.others.items() if value is not None},
+            others={name: _fact(value) for name, value in told.others.items() if value not in (None, [], {})},
         )
         for name, rows in told.tables.items():
             contents.assets.append(self._folder.add_file(name, "file", guard.scrub(_csv(rows))))
