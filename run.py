@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(command=evaluate)
     _add_registry(commands)
     _add_schedule(commands)
+    _add_track(commands)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -144,6 +145,20 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "gc":
         verb.add_argument("--keep", type=int, default=5, metavar="N", help="how many of the last ones stay (5)")
         verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+
+def _add_track(commands: Any) -> None:
+    text = "show what of each run is in Comet, and send what is missing there"
+    verbs = commands.add_parser("track", help=text, description=text).add_subparsers(required=True, metavar="VERB")
+    for name, text in {
+        "list": "every run: how many records it has, and how many of them are in Comet and in archives",
+        "upload": "send what Comet does not have; needs COMET_API_KEY",
+    }.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("--folder", type=Path, default=Path("outputs"), metavar="DIR", help="the runs' output_dir")
+        if name == "upload":
+            verb.add_argument("runs", nargs="*", metavar="RUN", help="names, or beginnings of ids; without one, all")
+        verb.set_defaults(command=track, verb=name)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -278,6 +293,15 @@ def schedule(options: argparse.Namespace) -> None:
     if options.install:
         scheduler.install(work, expression)
     print("installed" if options.install else "nothing was changed; add --install to install it")
+
+
+def track(options: argparse.Namespace) -> None:
+    """List the tracked runs, or send to Comet what it lacks of them."""
+    from preference_tuning.tracking import overview
+
+    root = options.folder / "tracking"
+    for line in overview.listing(root) if options.verb == "list" else overview.upload(root, options.runs):
+        print(line)
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -30,13 +30,12 @@ import torch  # noqa: E402
 from other_tools import LORA, MAX_LENGTH, TOOLS, Measured, Task  # noqa: E402
 
 from preference_tuning import config  # noqa: E402
-from preference_tuning.config import BaseModelConfig, DPOConfig, TrackingConfig  # noqa: E402
+from preference_tuning.config import BaseModelConfig, DPOConfig  # noqa: E402
 from preference_tuning.data import job as data_job  # noqa: E402
 from preference_tuning.data import prepare  # noqa: E402
 from preference_tuning.data.table import MANIFEST, SCHEMA, Dataset, Writer  # noqa: E402
 from preference_tuning.models import compute, loading, rows, weights  # noqa: E402
 from preference_tuning.models.source import locate  # noqa: E402
-from preference_tuning.tracking.comet import CometRun  # noqa: E402
 from preference_tuning.tracking.spool import read  # noqa: E402
 from preference_tuning.training import __main__ as training  # noqa: E402
 from preference_tuning.training import job, reference  # noqa: E402
@@ -51,9 +50,8 @@ def ours(task: Task, folder: Path) -> Measured:
     source = locate(base_model)
     base = loading.load_base(base_model, source, folder, compute.choose(base_model, folder))
     weights.save(loading.new_adapter(base, LORA, task.dpo.seed), base.tokenizer, folder / "sft", base_model)
-    comet = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=folder / "comet")
     work = job.from_artifacts(
-        "dpo", base_model, source, Dataset(task.folder / "data"), folder, comet, adapter=folder / "sft", dpo=task.dpo
+        "dpo", base_model, source, Dataset(task.folder / "data"), folder, adapter=folder / "sft", dpo=task.dpo
     )
     (folder / "job").mkdir()
     with _reference_clock() as passes:

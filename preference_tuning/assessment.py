@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from preference_tuning import preflight
-from preference_tuning.config import EvaluationConfig, RunConfig, TrackingConfig, portable
+from preference_tuning.config import EvaluationConfig, RunConfig, portable
 from preference_tuning.data import job as data_job
 from preference_tuning.data import sides
 from preference_tuning.data.table import SPLIT, Dataset
@@ -22,7 +22,6 @@ from preference_tuning.models import weights
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import FolderRegistry, Version, version_id
-from preference_tuning.tracking.comet import CometRun
 
 MODEL = "model"
 """The name of what is assessed, in tables and reports."""
@@ -65,7 +64,6 @@ def assess(what: str, config: RunConfig) -> str:
         {MODEL: candidate.folder},
         _rules_for(candidate, config.evaluation),
         Path(config.output_dir).expanduser(),
-        CometRun(config=TrackingConfig(mode="off"), experiment_key="", folder=Path()),
         champion=to_beat(registry, version_id(candidate.folder)),
         # Its reference is the base model, as the champion's is; rewards against it are log-ratios for both.
         beta=1.0,

@@ -13,7 +13,7 @@ from preference_tuning.models.compute import check_packages
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
-from preference_tuning.tracking.comet import CometRun
+from preference_tuning.tracking import account
 from preference_tuning.training import job as training_job
 from preference_tuning.training import unfinished
 
@@ -96,14 +96,13 @@ def _resume(config: RunConfig) -> str:
     """Look for interrupted training that the run would begin anew beside."""
     source = locate(config.base_model)
     dataset = job.prepare_for_run(job.of_run(config, source))
-    comet = CometRun(config=config.tracking, experiment_key="", folder=Path())
     stages: dict[Literal["sft", "dpo"], dict[str, Any]] = {"sft": {"lora": config.lora, "sft": config.sft}}
     if config.finetuning_type == "dpo":
         stages["dpo"] = {"dpo": config.dpo}
     out, name = Path(config.output_dir).expanduser(), config.registry.name
     for stage, settings in stages.items():
         work = training_job.from_artifacts(
-            stage, config.base_model, source, dataset, out, comet, config.training, name=name, **settings
+            stage, config.base_model, source, dataset, out, config.training, name=name, **settings
         )
         # What SFT will leave is known only when it is done.
         unfinished.check(work, but=("adapter_hash",) if stage == "dpo" else ())
@@ -145,4 +144,4 @@ def _registry(config: RunConfig) -> str:
 
 
 def _tracking(config: RunConfig) -> str:
-    return f"Comet {CometRun(config=config.tracking, experiment_key='', folder=Path()).mode()}"
+    return account.check(config.tracking)

@@ -5,16 +5,17 @@ Read from the run and not passed as parameters, so that it is no part of a cache
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from zenml import get_step_context
 from zenml.client import Client
-from zenml.utils.dashboard_utils import get_run_url
+from zenml.utils import dashboard_utils
 
 from preference_tuning import interruption
 from preference_tuning.config import JudgeConfig, RunConfig
 from preference_tuning.errors import ConfigError
-from preference_tuning.tracking.comet import CometRun
+from preference_tuning.tracking.recording import Tracking
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Run:
     config: RunConfig
     fresh: bool
     """Whether finished work is to be done anew (`--no-cache`)."""
+    url: str | None = None
+    """Where ZenML's dashboard shows the run, if there is a server."""
 
     @property
     def output_dir(self) -> Path:
@@ -38,16 +41,18 @@ class Run:
         return self.config.registry.name
 
     def names(self) -> dict[str, str]:
-        """Return what the run is called where it can be seen; its address if ZenML has a server."""
-        url = get_run_url(get_step_context().pipeline_run)
-        comet = {"comet_experiment": self.comet.experiment_key} if self.config.tracking.mode != "off" else {}
-        return {"zenml_run": self.name, "zenml_run_id": self.id, **({"zenml_url": url} if url else {}), **comet}
+        """Return what the run is called where it can be seen; its addresses where there are any."""
+        links = self.tracking.links()
+        comet = {"comet_experiment": links.get("comet/experiment"), "comet_url": links.get("comet/url")}
+        found = {"zenml_run": self.name, "zenml_run_id": self.id, "zenml_url": self.url, **comet}
+        return {name: value for name, value in found.items() if value}
 
-    @property
-    def comet(self) -> CometRun:
-        """The one experiment of the run; its key is the id of the ZenML run."""
-        folder = (self.output_dir / "comet" / self.id).absolute()
-        return CometRun(config=self.config.tracking, experiment_key=self.id, folder=folder)
+    @cached_property
+    def tracking(self) -> Tracking:
+        """The tracking of the run; the id of the ZenML run is the key of its one experiment in Comet."""
+        root = (self.output_dir / "tracking").absolute()
+        settings = self.config.portable().model_dump(mode="json")
+        return Tracking(root, self.config.tracking, self.id, self.name, settings, self.url)
 
 
 def current_run() -> Run:
@@ -59,6 +64,7 @@ def current_run() -> Run:
         name=run.name,
         config=RunConfig.model_validate(run.config.parameters),
         fresh=run.config.enable_cache is False,
+        url=dashboard_utils.get_run_url(run),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
+from preference_tuning import tracked
 from preference_tuning.config import BaseModelConfig, EvaluationConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
@@ -39,7 +40,6 @@ def evaluate(
         adapters,
         evaluation,
         run.output_dir,
-        run.comet,
         # Read now and no parameter: the cache would take another champion for another evaluation of this model, while
         # `register` looks at it once more.
         champion=to_beat(FolderRegistry(run.config.registry), version_id(dpo_adapter or sft_adapter)),
@@ -48,7 +48,9 @@ def evaluate(
         retries=run.config.training.retries,
     )
     give_key_to(evaluation.judge)
-    evaluated = job.evaluate(work, again=run.fresh)
-    log_metadata(evaluated.evaluation.metadata())
+    with run.tracking.stage("evaluation") as tracking:
+        evaluated = job.evaluate(work, again=run.fresh, begun=tracking.follow)
+        tracking.add(tracked.of_evaluation(evaluated.evidence))
+    log_metadata({**evaluated.evaluation.metadata(), **run.tracking.links()})
     report = (evaluated.evidence / job.REPORT).read_text(encoding="utf-8")
     return evaluated.evidence, HTMLString(report)

@@ -6,6 +6,7 @@ from typing import Annotated
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
+from preference_tuning import tracked
 from preference_tuning.config import BaseModelConfig, DataConfig
 from preference_tuning.data import findings, job, report
 from preference_tuning.models.source import locate
@@ -38,8 +39,10 @@ def load_preferences(
         tokens=tokens,
         output_dir=run.output_dir.absolute(),
     )
-    dataset = job.prepare_for_run(work, again=run.fresh)
+    with run.tracking.stage("data") as tracking:
+        dataset = job.prepare_for_run(work, again=run.fresh)
+        tracking.add(tracked.of_data(dataset))
     of_run = list(findings.of_run(dataset.manifest, run.config))
-    log_metadata(dataset.manifest.metadata())
+    log_metadata({**dataset.manifest.metadata(), **run.tracking.links()})
     print(report.text(dataset.manifest, of_run))
     return dataset.folder, HTMLString(report.render(dataset, of_run))

@@ -10,6 +10,7 @@ from zenml import get_step_context, log_metadata, step
 from zenml.enums import ModelStages
 from zenml.types import HTMLString
 
+from preference_tuning import tracked
 from preference_tuning.config import BaseModelConfig, RegistryConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
@@ -41,19 +42,22 @@ def register(
         training={"sft": sft_evidence} | ({"dpo": dpo_evidence} if dpo_evidence else {}),
         evaluation=evaluation,
         config=run.config,
-        comet=run.comet,
         output_dir=run.output_dir.absolute(),
         run=run.names(),
     )
     give_key_to(run.config.evaluation.judge)
-    registered = result.register(outcome, registry)
-    result.track(outcome, registered)
-    log_metadata(registered.metadata())
+    with run.tracking.stage("registry"):
+        registered = result.register(outcome, registry)
+        tracked.complete(run.tracking, outcome, registered)
+    run.tracking.close()
+    log_metadata({**registered.metadata(), **run.tracking.links()})
+    if links := run.tracking.links():
+        log_metadata(metadata={**links}, run_id_name_or_prefix=get_step_context().pipeline_run.id)
     if get_step_context().pipeline_run.config.model:
         measured = job.load_summary(registered.evaluation).metadata()
         log_metadata(metadata={**measured, **registered.metadata()}, infer_model=True)
         if registered.promoted:
             get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
-    print(summary.render(outcome, registered))
+    print(summary.render(outcome, registered, run.tracking.told()))
     report = (registered.evaluation / job.REPORT).read_text(encoding="utf-8")
     return registered.version.id, HTMLString(report)

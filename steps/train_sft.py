@@ -6,6 +6,7 @@ from typing import Annotated
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
+from preference_tuning import tracked
 from preference_tuning.config import BaseModelConfig, LoraConfig, SFTConfig, TrainingConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.models.source import locate
@@ -32,13 +33,14 @@ def train_sft(
         source,
         Dataset(dataset),
         run.output_dir,
-        run.comet,
         training,
         lora=lora,
         sft=sft,
         name=run.model,
     )
-    trained = job.train(work, again=run.fresh)
-    log_metadata(trained.record.summary())
+    with run.tracking.stage("sft") as tracking:
+        trained = job.train(work, again=run.fresh, begun=tracking.follow)
+        tracking.add(tracked.of_training(trained.evidence))
+    log_metadata({**trained.record.summary(), **run.tracking.links()})
     report = (trained.evidence / job.REPORT).read_text(encoding="utf-8")
     return trained.adapter, trained.evidence, HTMLString(report)

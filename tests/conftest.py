@@ -10,13 +10,14 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from comet_server import CometServer
 
 ROOT = Path(__file__).parent.parent
 LONGEST = {name: i for i, name in enumerate(("test_pipeline.py", "test_faults_pipeline.py", "test_faults_jobs.py"))}
@@ -33,8 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def no_accounts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own keys must not reach a test."""
-    for name in ("COMET_API_KEY", "COMET_WORKSPACE", "HF_TOKEN"):
+    for name in ("COMET_API_KEY", "COMET_URL_OVERRIDE", "COMET_WORKSPACE", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def comet() -> Iterator[CometServer]:
+    """A Comet on this machine."""
+    server = CometServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from preference_tuning.training.job import TrainingJob
 
 Fault = Callable[[], None]
 
-IMPORTED = ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "peft", "datasets", "comet_ml")
+IMPORTED = ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "peft", "datasets")
 KILLED = -signal.SIGKILL
 
 SERVER = multiprocessing.get_context("forkserver")

@@ -162,7 +162,6 @@ def _serve() -> None:
     from zenml.utils import source_utils
 
     source_utils.set_custom_source_root(str(ROOT))
-    import comet_ml  # noqa: F401
     import peft  # noqa: F401
     import trl.trainer.dpo_trainer
     import trl.trainer.sft_trainer  # noqa: F401

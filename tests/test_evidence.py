@@ -74,7 +74,8 @@ class Folders:
         evaluation = Evaluation.model_validate(
             {
                 "pairs": 1, "dropped": 0, "data_fingerprint": "data", "base_model_fingerprint": "base",
-                "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned}, "models": {},
+                "template_hash": "t", "adapter_hashes": {"sft": "sft-hash", "dpo": tuned},
+                "models": {"sft": {"nll/chosen": {"value": 1.0, "low": 0.9, "high": 1.1}}},
                 "terms": {"candidate": "dpo", "references": {"dpo": "sft"}, "beta": 0.1, "config": {}, "champion": None},
                 "bonds": {}, "seal": "s",
                 "samples": [], "worse": [], "verdict": {"decision": "promote", "candidate": "dpo", "rules": []}, "seconds": 1,
@@ -142,7 +143,7 @@ UNFINISHED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     ),
     "evaluation's metrics twice": (
         lambda f: (f.evaluation / "metrics.jsonl").write_text((f.evaluation / "metrics.jsonl").read_text() * 2),
-        "hold 2 points instead of one",
+        "are not the figures of its summary, each once",
     ),
 }  # fmt: skip
 

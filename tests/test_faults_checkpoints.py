@@ -15,18 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_tuning import events, fingerprint, jobs
-from preference_tuning.config import RunConfig, TrackingConfig, TrainingConfig
+from preference_tuning.config import RunConfig, TrainingConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.models.source import locate
-from preference_tuning.tracking.comet import CometRun
 from preference_tuning.tracking.spool import Point, read
 from preference_tuning.training import checkpoints, disk, job
 from preference_tuning.training.job import TrainingJob, TrainingRecord
 
-COMET = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=Path("comet"))
 STEPS = 12
 
 
@@ -44,7 +42,7 @@ class Place(NamedTuple):
         section = getattr(self.config, stage).model_copy(update=changes)
         own = {"lora": self.config.lora} if stage == "sft" else {"adapter": adapter}
         return job.from_artifacts(
-            stage, self.config.base_model, locate(self.config.base_model), self.dataset, self.shared, COMET,
+            stage, self.config.base_model, locate(self.config.base_model), self.dataset, self.shared,
             training, **{stage: section}, **own,
         )  # type: ignore[arg-type]  # fmt: skip
 

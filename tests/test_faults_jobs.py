@@ -18,7 +18,6 @@ import faulty
 import pytest
 from conftest import preference_rows, tiny_parameters, write_jsonl
 from test_processes import in_every_step
-from test_training import COMET
 
 from preference_tuning import errors, events, failures, fingerprint, jobs
 from preference_tuning.config import RunConfig, TrainingConfig
@@ -56,7 +55,7 @@ def job_of(run: Run, out: Path, stage: str, settings: dict[str, Any] | None = No
     )
     extra = {"lora": config.lora} if stage == "sft" else {}
     return job.from_artifacts(
-        stage, config.base_model, locate(config.base_model), dataset, out, COMET, **{stage: section}, **extra, **changes
+        stage, config.base_model, locate(config.base_model), dataset, out, **{stage: section}, **extra, **changes
     )  # type: ignore[arg-type]
 
 

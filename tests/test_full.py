@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import Project, make_project
 from test_scoring import sft_of_both, tiny, trainer, word_level
-from test_training import COMET
 
 from preference_tuning import config, jobs, preflight
 from preference_tuning.config import BaseModelConfig
@@ -193,7 +192,7 @@ def test_a_killed_full_job_goes_on_to_the_same_weights(project: Project, version
     dataset = Dataset(next(project.folder.glob("outputs/data/*/dataset")))
     (sft,) = project.folder.glob("outputs/jobs/sft-*/adapter")
     work = job.from_artifacts(
-        "dpo", run.base_model, locate(run.base_model), dataset, tmp_path, COMET, dpo=run.dpo, adapter=sft
+        "dpo", run.base_model, locate(run.base_model), dataset, tmp_path, dpo=run.dpo, adapter=sft
     )
     folder = faulty.place(work)
     assert faulty.run(folder, functools.partial(faulty.kill_at_step, 4)) == faulty.KILLED

@@ -1,23 +1,32 @@
 """The whole pipeline in ZenML on the tiny model, started as a user starts it."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import urllib.request
-import zipfile
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import yaml
+from comet_archives import SCHEMA_OF, opened
+from comet_server import CometServer
 from conftest import ROOT, Finished, Project, make_project, preference_rows, statuses, write_jsonl
+from test_tracking import values
 
 from preference_tuning import interruption
 from preference_tuning.errors import ConfigError, DataError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.interruption import Interruption
+from preference_tuning.tracking import overview
+from preference_tuning.tracking.folder import RunFolder
+from preference_tuning.tracking.spool import read
 
+STAGES = ["data", "dpo", "evaluation", "registry", "run", "sft"]
 DPO_STEPS = {"load_preferences", "train_sft", "train_dpo", "evaluate", "register"}
 
 
@@ -89,32 +98,96 @@ def test_artifacts_are_plain_files_without_pickles(finished: Finished) -> None:
     assert not [path for path in stored if path.suffix in {".pkl", ".gz", ".bin", ".pt"}]
 
 
-def test_comet_has_every_stage_in_one_experiment(finished: Finished) -> None:
-    run = finished.run
-    archives = list((finished.project.folder / "outputs" / "comet" / run["id"]).glob("*/*.zip"))
-    assert sorted(archive.parent.name for archive in archives) == ["dpo", "evaluation", "register", "sft"]
-    metrics: dict[tuple[str, int | None], float] = {}
-    for archive in archives:
-        with zipfile.ZipFile(archive) as opened:
-            about = json.loads(opened.read("experiment.json"))
-            assert about["offline_id"] == run["id"]
-            assert about["project_name"] == "preference-tuning"
-            for line in opened.read("messages.json").decode().splitlines():
-                message = json.loads(line)
-                if message["type"] == "metric_msg":
-                    metric = message["payload"]["metric"]
-                    metrics[metric["metricName"], metric["step"]] = metric["metricValue"]
-    names = {name for name, _ in metrics}
-    assert {"sft/train/loss", "sft/eval/loss", "dpo/train/loss", "dpo/eval/rewards/accuracies"} <= names
-    assert {"evaluation/base/nll/chosen", "evaluation/dpo/rewards/accuracies"} <= names
-    # The spool is the truth: what Comet got is what it says, point by point.
-    for stage in ("sft", "dpo"):
-        uri = Path(run["steps"][f"train_{stage}"]["outputs"][f"{stage}_evidence"])
-        spool = uri / "content" / "metrics.jsonl"
-        for line in spool.read_text(encoding="utf-8").splitlines():
-            point = json.loads(line)
-            for name, value in point["metrics"].items():
-                assert metrics[name, point["step"]] == pytest.approx(value)
+@pytest.fixture
+def tracked(finished: Finished) -> RunFolder:
+    """The tracking folder of the run."""
+    return RunFolder(finished.project.folder / "outputs" / "tracking" / finished.run["id"])
+
+
+def test_each_value_of_a_run_is_that_of_the_spool(finished: Finished, tracked: RunFolder) -> None:
+    archives = opened(tracked)
+    assert sorted(archives) == STAGES
+    for stage, archive in archives.items():
+        assert archive.about["offline_id"] == finished.run["id"], "one experiment"
+        assert (archive.about["project_name"], archive.about["resume_strategy"]) == (
+            "preference-tuning",
+            "get_or_create",
+        )
+        assert archive.types <= set(SCHEMA_OF), "nothing but what was handed over"
+        assert {name.split("/")[0] for name, _ in archive.metrics} <= {stage}
+    for stage, step in (("sft", "train_sft"), ("dpo", "train_dpo"), ("evaluation", "evaluate")):
+        output = "evaluation" if stage == "evaluation" else f"{stage}_evidence"
+        artifact = Path(finished.run["steps"][step]["outputs"][output]) / "content" / "metrics.jsonl"
+        assert archives[stage].metrics == values(list(read(artifact))), "every point, and no other"
+    names = {name for archive in archives.values() for name, _ in archive.metrics}
+    assert {"sft/train/loss", "sft/eval/loss", "dpo/train/rewards/margins", "dpo/eval/rewards/accuracies"} <= names
+    assert {
+        "evaluation/base/nll/chosen",
+        "evaluation/dpo/rewards/accuracies",
+        "evaluation/dpo/generation/length",
+    } <= names
+
+
+def test_an_experiment_says_all_of_its_run(finished: Finished, tracked: RunFolder) -> None:
+    archives = opened(tracked)
+    parameters = archives["run"].parameters
+    config = yaml.safe_load((finished.project.folder / "run.yaml").read_text(encoding="utf-8"))["parameters"]
+    assert parameters["dpo/beta"] == str(config["dpo"]["beta"])
+    assert parameters["lora/rank"] == "8"
+    assert parameters["base_model/source"] == Path(config["base_model"]["source"]).name
+    assert {name.split("/")[0] for name in parameters} == {
+        "base_model", "data", "dpo", "evaluation", "finetuning_type", "lora", "output_dir", "registry", "sft", "tracking", "training",
+    }  # fmt: skip
+    steps, others = finished.run["steps"], {k: v for a in archives.values() for k, v in a.others.items()}
+    assert others["data/fingerprint"] == steps["load_preferences"]["metadata"]["fingerprint"]
+    assert others["data/train"] == int(steps["load_preferences"]["metadata"]["train"])
+    assert others["dpo/reference/sft_adapter_hash"] == others["sft/adapter_hash"]
+    assert (others["evaluation/verdict"], others["registry/decision"]) == ("promote", "promote")
+    assert others["evaluation/reason"] == steps["evaluate"]["metadata"]["reason"]
+    assert others["registry/version"] == steps["register"]["metadata"]["version"]
+    assert others["registry/promoted"] is True
+    assert (others["Name"], others["zenml/run"], others["zenml/run_id"]) == (
+        *2 * (finished.run["name"],),
+        finished.run["id"],
+    )
+    for name, step in steps.items():
+        assert step["metadata"]["comet/experiment"] == finished.run["id"], name
+        assert step["metadata"]["comet/archives"] == f"outputs/tracking/{finished.run['id']}/archives"
+    files = {name: content for archive in archives.values() for name, content in archive.files.items()}
+    assert files["evaluation/samples.csv"].startswith(b"prompt,chosen,base,sft,dpo,")
+    assert files["evaluation/samples.csv"].count(b"Tell me about") == 2
+    assert files["evaluation/verdict.csv"].startswith(b"rule,measured,wanted,outcome\n")
+    for stage in ("data", "sft", "dpo", "evaluation"):
+        assert b"<!doctype html>" in files[f"{stage}/report.html"]
+        charts = [content for name, content in files.items() if name.startswith(f"{stage}/") and name.endswith(".svg")]
+        assert charts
+        for chart in charts:
+            assert ElementTree.fromstring(chart).tag == "{http://www.w3.org/2000/svg}svg"
+    assert b"held out" in files["dpo/Loss (dashed ln 2).svg"], "with the key of its colours"
+
+
+def test_comet_upload_takes_them_and_nothing_is_sent_again(
+    tracked: RunFolder, comet: CometServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that the summary prints, against a server; then our own upload of the same run."""
+    command = [str(Path(sys.executable).parent / "comet"), "upload", *map(str, reversed(tracked.archives()))]
+    done = subprocess.run(command, env={**os.environ, **comet.environment}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (kept,) = comet.experiments.values()
+    expected = values([p for stage in tracked.stages() for p in stage.points()])
+    own = {key: value for key, value in kept.metrics.items() if key[0] != "process duration"}
+    assert own == expected
+    assert kept.others["Name"] == tracked.about.name
+    assets = sorted(name for name, _ in kept.assets)
+    assert assets == sorted(asset.name for stage in tracked.stages() for asset in stage.contents().assets)
+    for name, value in comet.environment.items():
+        monkeypatch.setenv(name, value)
+    total, left = overview.counted(tracked, tracked.ledger())
+    assert left == total, "nothing here knows of it"
+    list(overview.upload(tracked.path.parent, [tracked.about.id]))
+    assert {key: value for key, value in kept.metrics.items() if key[0] != "process duration"} == expected
+    assert sorted(name for name, _ in kept.assets) == assets
+    assert overview.counted(tracked, tracked.ledger()) == (total, 0)
 
 
 def test_evaluation_really_happens_five_times(finished: Finished) -> None:
@@ -128,7 +201,7 @@ def test_evaluation_really_happens_five_times(finished: Finished) -> None:
         assert [p["step"] for p in points if f"{stage}/train/loss" in p["metrics"]] == list(range(1, steps + 1))
 
 
-def test_the_cache(finished: Finished) -> None:
+def test_the_cache(finished: Finished, comet: CometServer) -> None:
     """Identical: cached. Another beta: DPO only. Another byte of data: everything. An edited trainer: training."""
     project = finished.project
     trainer, data = project.folder / "preference_tuning/training/trainers.py", project.folder / "rows.jsonl"
@@ -140,7 +213,8 @@ def test_the_cache(finished: Finished) -> None:
         path.write_text(text, encoding="utf-8")
 
     sft_only = ("--set", "finetuning_type=sft")
-    project.train()
+    online = project.run("run.py", "train", "run.yaml", **comet.environment)
+    assert online.returncode == 0, online.stderr
     project.train("run.yaml", "--set", "dpo.beta=0.2", "--set", "tracking.tags=[night]")
     edited(trainer, "import itertools", "import itertools  # edited", *sft_only)
     edited(data, "part 1.", "part 1!", *sft_only)
@@ -157,8 +231,17 @@ def test_the_cache(finished: Finished) -> None:
     }
     assert statuses(changed_data) == dict.fromkeys(DPO_STEPS - {"train_dpo"}, "completed")
     # A run from the cache is as complete as the first: its metrics are in Comet, and its result is the same version.
-    archives = project.folder.glob(f"outputs/comet/{identical['id']}/*/*.zip")
-    assert {path.parent.name for path in archives} == {"sft", "dpo", "evaluation", "register"}
+    root = project.folder / "outputs" / "tracking"
+    runs = {run["id"]: RunFolder(root / run["id"]) for run in (finished.run, identical, changed_beta)}
+    assert [path.stem for path in runs[changed_beta["id"]].archives()] == STAGES
+    points = [
+        values([p for stage in runs[run["id"]].stages() for p in stage.points()]) for run in (identical, finished.run)
+    ]
+    with runs[identical["id"]].sole(patience=60):
+        assert comet.experiments[identical["id"]].metrics == points[0] == points[1]
+    assert comet.experiments[identical["id"]].state == "finished"
+    assert f"comet      http://comet/somebody/preference-tuning/{identical['id']}" in online.stdout
+    assert statuses(identical)["register"] == "completed"
     versions = [run["steps"]["register"]["metadata"]["version"] for run in (identical, finished.run)]
     assert versions[0] == versions[1]
 

@@ -14,19 +14,17 @@ import pytest
 from conftest import preference_rows, tiny_parameters, write_jsonl
 
 from preference_tuning import fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, RunConfig, TrackingConfig, TrainingConfig
+from preference_tuning.config import BaseModelConfig, RunConfig, TrainingConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.models import devices
 from preference_tuning.models.source import locate
-from preference_tuning.tracking.comet import CometRun
 from preference_tuning.tracking.spool import read
 from preference_tuning.training import job
 from preference_tuning.training.job import Trained, TrainingJob
 
-COMET = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=Path("comet"))
 Run = tuple[RunConfig, Dataset]
 
 
@@ -59,7 +57,6 @@ def job_of(run: Run, out: Path, stage: str, processes: int, **changes: Any) -> T
         locate(config.base_model),
         dataset,
         out,
-        COMET,
         training,
         **{stage: section},
         **extra,

@@ -90,9 +90,10 @@ PROVED_BY = {
     "registry.license": "test_published.py::test_the_licence_is_the_configs_or_the_base_models",
     "registry.name": "test_settings_world.py::test_where_things_go",
     "tracking.mode": "test_tracking.py::test_the_mode_follows_the_key",
-    "tracking.project": "test_settings_world.py::test_comet_is_told_where",
-    "tracking.workspace": "test_settings_world.py::test_comet_is_told_where",
-    "tracking.tags": "test_settings_world.py::test_comet_is_told_where",
+    "tracking.project": "test_tracking.py::test_comet_sees_a_run_while_it_lives",
+    "tracking.workspace": "test_tracking.py::test_comet_sees_a_run_while_it_lives",
+    "tracking.tags": "test_tracking.py::test_comet_sees_a_run_while_it_lives",
+    "tracking.log": "test_tracking_archives.py::test_what_is_asked_for_is_logged_without_secrets",
 }
 """A field, and the test that has been read and shows its effect; the fields of ``STAGE`` are proved here."""
 

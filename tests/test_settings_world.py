@@ -1,4 +1,4 @@
-"""Settings of the model, the adapter, the evaluation, the registry and Comet: each arrives where it acts."""
+"""Settings of the model, the adapter, the evaluation and the registry: each arrives where it acts."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,6 @@ from preference_tuning.evaluation import scores as scores_of
 from preference_tuning.models import backend, chat, compute, loading, scoring, weights
 from preference_tuning.models.source import locate
 from preference_tuning.registry.folder import FolderRegistry
-from preference_tuning.tracking.comet import Comet, CometRun
 
 
 def configured(folder: Path, model: Path | str, **changes: Any) -> RunConfig:
@@ -242,9 +241,8 @@ def test_an_evaluation_is_the_one_asked_for(tmp_path: Path, tiny_model: Path, mo
         adapter = tmp_path / "adapter"
         base = loaded(run, tmp_path)
         weights.save(loading.new_adapter(base, run.lora, 1), base.tokenizer, adapter, run.base_model)
-        comet = CometRun(config=run.tracking, experiment_key="0" * 32, folder=tmp_path)
         work = evaluation_job.from_artifacts(
-            run.base_model, locate(run.base_model), dataset, {"sft": adapter}, run.evaluation, tmp_path, comet,
+            run.base_model, locate(run.base_model), dataset, {"sft": adapter}, run.evaluation, tmp_path,
             beta=0.3, max_length=100,
         )  # fmt: skip
         found = main(tmp_path, work)
@@ -296,29 +294,9 @@ def test_where_things_go(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.M
         assert data_job.of_run(run, None).output_dir == tmp_path / out
         step = Run(id="a" * 32, name="r", config=run, fresh=False)
         assert step.output_dir.absolute() == tmp_path / out
-        assert step.comet.folder == tmp_path / out / "comet" / step.id
+        assert step.tracking.run.path == tmp_path / out / "tracking" / step.id
         assert FolderRegistry(run.registry).folder == tmp_path / folder / name
     assert configured(tmp_path, tiny_model).output_dir == "outputs"
-
-
-def test_comet_is_told_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import comet_ml
-
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(comet_ml, "start", lambda **how: told.append(how))
-    for tracking in (
-        {"mode": "offline"},
-        {"mode": "offline", "project": "p", "workspace": "w", "tags": ["night", "a"]},
-    ):
-        run = configured(tmp_path, "org/m", tracking=tracking)
-        Comet.start(CometRun(config=run.tracking, experiment_key="0" * 32, folder=tmp_path), "sft")
-    plain, set_ = told
-    assert (plain["project_name"], plain["workspace"], plain["experiment_config"].tags) == (
-        "preference-tuning",
-        None,
-        [],
-    )
-    assert (set_["project_name"], set_["workspace"], set_["experiment_config"].tags) == ("p", "w", ["night", "a"])
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,16 @@ import pytest
 from conftest import preference_rows, tiny_parameters, write_jsonl
 
 from preference_tuning import fingerprint
-from preference_tuning.config import RunConfig, TrackingConfig
+from preference_tuning.config import RunConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
 from preference_tuning.data.table import Dataset
 from preference_tuning.errors import ConfigError, DivergedError
 from preference_tuning.models.source import locate
-from preference_tuning.tracking.comet import CometRun
 from preference_tuning.tracking.spool import read
 from preference_tuning.training import checkpoints, job, reference
 from preference_tuning.training.callbacks import steps_of_share
 from preference_tuning.training.job import Trained, TrainingJob
-
-COMET = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=Path("comet"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +40,7 @@ def job_of(run: tuple[RunConfig, Dataset], out: Path, stage: str, **changes: Any
     section = getattr(config, stage).model_copy(update=changes.pop("settings", {}))
     extra = {"lora": config.lora} if stage == "sft" else {}
     return job.from_artifacts(
-        stage, config.base_model, locate(config.base_model), dataset, out, COMET, **{stage: section}, **extra, **changes
+        stage, config.base_model, locate(config.base_model), dataset, out, **{stage: section}, **extra, **changes
     )  # type: ignore[arg-type]
 
 

@@ -7,14 +7,11 @@ from typing import Any
 import pytest
 
 from preference_tuning import events, fingerprint, jobs
-from preference_tuning.config import BaseModelConfig, LoraConfig, SFTConfig, TrackingConfig
+from preference_tuning.config import BaseModelConfig, LoraConfig, SFTConfig
 from preference_tuning.errors import ConfigError
 from preference_tuning.models.source import ModelSource
-from preference_tuning.tracking.comet import CometRun
 from preference_tuning.training import checkpoints, unfinished
 from preference_tuning.training.job import TrainingJob
-
-COMET = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=Path("comet"))
 
 
 def job(out: Path, **changes: Any) -> TrainingJob:
@@ -22,7 +19,7 @@ def job(out: Path, **changes: Any) -> TrainingJob:
     fields = {
         "stage": "sft", "base_model": BaseModelConfig(source="m"), "lora": LoraConfig(), "sft": sft, "data": out,
         "source": ModelSource(kind="hub", location="m", fingerprint="base"), "split": "train", "name": "mine",
-        "data_fingerprint": "d", "max_prompt_length": None, "keep_end": False, "output_dir": out, "comet": COMET,
+        "data_fingerprint": "d", "max_prompt_length": None, "keep_end": False, "output_dir": out,
     }  # fmt: skip
     return TrainingJob(**{**fields, **changes})
 

@@ -13,7 +13,6 @@ from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
 from preference_tuning.data.table import Dataset
 from preference_tuning.models.source import locate
-from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.tracking.spool import read
 from preference_tuning.training import job
 
@@ -69,7 +68,7 @@ class Watched:
         self.epochs = self.decay_of_all = math.nan
         self.optimizer = ("", False)
         folder.mkdir(parents=True)
-        self.training = Stage(folder, work, Comet(None))
+        self.training = Stage(folder, work)
         self._build = self.training._trainer
         self.training._trainer = self._watched_trainer  # type: ignore[method-assign]
         self.record = self.training.run()
@@ -130,10 +129,9 @@ class Workplace:
 
     def job(self, run: RunConfig, stage: str, adapter: Path | None = None) -> job.TrainingJob:
         own = {"lora": run.lora} if stage == "sft" else {"adapter": adapter}
-        comet = CometRun(config=run.tracking, experiment_key="0" * 32, folder=self.folder / "comet")
         out = self.folder / "outputs"
         return job.from_artifacts(
-            stage, run.base_model, locate(run.base_model), self.dataset, out, comet, run.training, **{stage: getattr(run, stage)}, **own
+            stage, run.base_model, locate(run.base_model), self.dataset, out, run.training, **{stage: getattr(run, stage)}, **own
         )  # type: ignore[arg-type]  # fmt: skip
 
     def run(self, stage: str, settings: dict[str, Any], adapter: Path | None = None) -> Watched:

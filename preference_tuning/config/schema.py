@@ -176,6 +176,8 @@ class TrackingConfig(Section):
     project: Text = "preference-tuning"
     workspace: Text | None = None
     tags: tuple[Text, ...] = ()
+    log: tuple[Literal["code", "git", "environment", "output", "command_line"], ...] = ()
+    """What Comet gets beside the run's own results; nothing of it unless it is named here."""
 
 
 class RunConfig(Section):

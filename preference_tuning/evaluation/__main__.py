@@ -6,21 +6,16 @@ from pathlib import Path
 
 from preference_tuning import jobs
 from preference_tuning.evaluation.job import Evaluation, EvaluationJob
-from preference_tuning.tracking.comet import Comet
 
 
 def main(folder: Path, job: EvaluationJob) -> Evaluation:
     """Measure every model of the job, write the evidence, and return the evaluation."""
     from preference_tuning.models import backend
 
-    comet = Comet.start(job.comet, "evaluation")
-    try:
-        backend.activate(job.base_model)
-        from preference_tuning.evaluation.measuring import Measuring
+    backend.activate(job.base_model)
+    from preference_tuning.evaluation.measuring import Measuring
 
-        return Measuring(folder, job, comet).run()
-    finally:
-        comet.end()
+    return Measuring(folder, job).run()
 
 
 if __name__ == "__main__":

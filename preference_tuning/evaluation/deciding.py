@@ -94,18 +94,12 @@ class Measured:
 
 def decide(measured: Measured, terms: Terms) -> tuple[dict[str, Figures], Verdict]:
     """Return the figures of every model, and the verdict on the candidate."""
-    seed = terms.config.seed
-    table = {name: column for name, column in measured.scores.items() if name not in ("content", UNSEEN)}
-    by_model = metrics.figures(table, terms.references, terms.beta, seed)
-    # The table has its columns by name; readers want the models in the order in which one came of the other.
-    figures = {model: by_model[model] for model in (BASE, *terms.references) if model in by_model}
-    for model in figures:
-        figures[model] |= _of_answers(measured.answers, model, terms, seed)
-        if measured.general is not None:
-            figures[model] |= general.figures(measured.general, model, terms.references.get(model), seed)
-        figures[model] |= measured.tasks.get(model, {})
-    if measured.judgement is not None:
-        figures[terms.candidate] |= _of_judge(measured.judgement, seed)
+    figures = of_scores(measured, terms)
+    for figures_of in (of_answers, of_general, of_tasks, of_judge):
+        for model, found in figures_of(measured, terms).items():
+            if model in figures:
+                figures[model] |= found
+    table = _table(measured)
     parent = terms.references[terms.candidate]
     evidence = gate.Evidence(
         candidate=terms.candidate,
@@ -117,6 +111,44 @@ def decide(measured: Measured, terms: Terms) -> tuple[dict[str, Figures], Verdic
     )
     rules = [*gate.own_rules(evidence, terms.config), _champion_rule(evidence, terms)]
     return figures, gate.verdict(terms.candidate, rules)
+
+
+def of_scores(measured: Measured, terms: Terms) -> dict[str, Figures]:
+    """Return what the score table says of every model, in the order in which one came of the other."""
+    found = metrics.figures(_table(measured), terms.references, terms.beta, terms.config.seed)
+    return {model: found[model] for model in (BASE, *terms.references) if model in found}
+
+
+def of_answers(measured: Measured, terms: Terms) -> dict[str, Figures]:
+    """Return ``generation/*`` of every model that answered."""
+    models = dict.fromkeys(answer.model for answer in measured.answers)
+    return {model: _of_answers(measured.answers, model, terms, terms.config.seed) for model in models}
+
+
+def of_general(measured: Measured, terms: Terms) -> dict[str, Figures]:
+    """Return ``general/*`` of every model, where there is general text."""
+    text, seed = measured.general, terms.config.seed
+    if text is None:
+        return {}
+    models = (BASE, *terms.references)
+    return {model: general.figures(text, model, terms.references.get(model), seed) for model in models}
+
+
+def of_judge(measured: Measured, terms: Terms) -> dict[str, Figures]:
+    """Return ``judge/*`` of the candidate, where there is a judge."""
+    if measured.judgement is None:
+        return {}
+    return {terms.candidate: _of_judge(measured.judgement, terms.config.seed)}
+
+
+def of_tasks(measured: Measured, terms: Terms) -> dict[str, Figures]:
+    """Return ``lm_eval/*`` of every model, where there are tasks."""
+    return dict(measured.tasks)
+
+
+def _table(measured: Measured) -> dict[str, Any]:
+    """Return the columns of the score table that figures are made of."""
+    return {name: column for name, column in measured.scores.items() if name not in ("content", UNSEEN)}
 
 
 def bound(folder: Path, terms: Terms, identity: dict[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What an evaluation job is, how a step starts one, and what it leaves."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.evaluation.metrics import BASE, CHAMPION
 from preference_tuning.models.chat import Room
 from preference_tuning.models.source import ModelSource, template_of
-from preference_tuning.tracking.comet import CometRun
+from preference_tuning.tracking import spool
 
 MODULE = "preference_tuning.evaluation"
 EVIDENCE = "evidence"
-SUMMARY, REPORT, METRICS = "evaluation.json", "report.html", "metrics.jsonl"
+SUMMARY, REPORT, METRICS = "evaluation.json", "report.html", spool.FILE
 
 
 class Champion(BaseModel):
@@ -53,7 +54,6 @@ class EvaluationJob(jobs.Job):
     max_prompt_length: int | None
     keep_end: bool
     output_dir: Path
-    comet: CometRun
 
     @property
     def scored_champion(self) -> Champion | None:
@@ -188,13 +188,16 @@ def inputs_of(config: EvaluationConfig) -> list[str]:
     return [fingerprint.of_path(Path(path)) for path in paths if path]
 
 
-def evaluate(job: EvaluationJob, again: bool = False) -> Evaluated:
+def evaluate(job: EvaluationJob, again: bool = False, begun: Callable[[Path], object] = lambda _: None) -> Evaluated:
     """Run an evaluation job and return what it found; finished work is not done twice unless ``again``.
+
+    ``begun`` is told, before anything runs, in which folder the evidence will lie.
 
     Raises:
         PreferenceTuningError: it failed.
     """
     folder = (job.output_dir / "jobs" / f"evaluate-{fingerprint.of_value(job.identity())[:16]}").absolute()
+    begun(folder / EVIDENCE)
     evaluation = jobs.run(MODULE, folder, job, Evaluation, again)
     return Evaluated(evaluation=evaluation, evidence=folder / EVIDENCE)
 
@@ -206,7 +209,6 @@ def from_artifacts(
     adapters: dict[str, Path],
     config: EvaluationConfig,
     output_dir: Path,
-    comet: CometRun,
     **settings: Any,
 ) -> EvaluationJob:
     """Build the job from what the earlier steps left."""
@@ -221,7 +223,6 @@ def from_artifacts(
         adapters={name: folder.absolute() for name, folder in adapters.items()},
         adapter_hashes={name: fingerprint.of_directory(folder) for name, folder in adapters.items()},
         output_dir=output_dir.absolute(),
-        comet=comet,
         **settings,
     )
 

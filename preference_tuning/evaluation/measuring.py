@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from preference_tuning.evaluation import job as jobs_of_evaluation
 from preference_tuning.evaluation.deciding import Judgement, Measured
 from preference_tuning.evaluation.generation import Answer
 from preference_tuning.evaluation.job import Evaluation, EvaluationJob, Sample
-from preference_tuning.evaluation.metrics import BASE, CHAMPION
+from preference_tuning.evaluation.metrics import BASE, CHAMPION, Figures
 from preference_tuning.models import chat, compute, rows, scoring
 from preference_tuning.models.comparing import Comparison
 from preference_tuning.models.family import Family
 from preference_tuning.progress import bar
-from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
 
 SIDES = scores.SIDES
@@ -34,9 +33,9 @@ SIDES = scores.SIDES
 class Measuring:
     """One evaluation: measure, write what was measured, and decide from what was written."""
 
-    def __init__(self, folder: Path, job: EvaluationJob, comet: Comet) -> None:
+    def __init__(self, folder: Path, job: EvaluationJob) -> None:
         """Load the models of ``job``; its evidence goes into its ``folder``."""
-        self.job, self.comet = job, comet
+        self.job = job
         self.start = time.monotonic()
         self.evidence = folder / jobs_of_evaluation.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
@@ -45,16 +44,25 @@ class Measuring:
         self.family = Family(job.base_model, job.source, job.output_dir, chosen, job.tuned)
         self.base = self.family.base
         self.names = (BASE, *job.tuned)
+        # A spool keeps what lies before its start, and a killed evaluation left points of step 0.
+        self.spool = Spool(self.evidence / jobs_of_evaluation.METRICS, resume_at=-1)
 
     def run(self) -> Evaluation:
         """Return the evaluation; its evidence folder then holds everything that it says."""
         job, held_out = self.job, self.job.data / "held_out.arrow"
         tokens = rows.tokenise(held_out, self.base.tokenizer, job.room, job.output_dir / "tokens", answers=2)
         self._score(tokens.rows)
-        self._answer()
-        self._read_general()
-        self._ask_judge()
-        self._run_tasks()
+        for figures_of, measure in (
+            (deciding.of_scores, None),
+            (deciding.of_answers, self._answer),
+            (deciding.of_general, self._read_general),
+            (deciding.of_judge, self._ask_judge),
+            (deciding.of_tasks, self._run_tasks),
+        ):
+            if measure:
+                measure()
+            self._note(figures_of(Measured.read(self.evidence), job.terms))
+        self.spool.close()
         measured = Measured.read(self.evidence)
         figures, verdict = deciding.decide(measured, job.terms)
         split = sides.fingerprint_of(job.data / SPLIT)
@@ -79,6 +87,17 @@ class Measuring:
         )
         self._publish(evaluation, measured)
         return evaluation
+
+    def _note(self, figures: Mapping[str, Figures]) -> None:
+        """Write figures to the spool, as they come."""
+        metrics = {
+            f"evaluation/{model}/{name}": figure.value
+            for model, found in figures.items()
+            if model in self.names
+            for name, figure in found.items()
+        }
+        if metrics:
+            self.spool.append(Point(step=0, metrics=metrics))
 
     def _score(self, pairs: Any) -> None:
         """Write the score table."""
@@ -228,20 +247,7 @@ class Measuring:
         ]
 
     def _publish(self, evaluation: Evaluation, measured: Measured) -> None:
-        """Write summary, metrics and report, and tell Comet."""
-        points = {
-            f"evaluation/{model}/{name}": figure.value
-            for model, figures in evaluation.models.items()
-            for name, figure in figures.items()
-        }
-        # A spool keeps what lies before its start, and a killed evaluation left this very point.
-        spool = Spool(self.evidence / jobs_of_evaluation.METRICS, resume_at=-1)
-        point = Point(step=0, metrics=points)
-        spool.append(point)
-        spool.close()
-        self.comet.log(point)
-        told = {"verdict": evaluation.verdict.decision, "verdict/reason": evaluation.verdict.reason}
-        self.comet.log_others({**told, "data/fingerprint": evaluation.data_fingerprint, "seal": evaluation.seal})
+        """Write summary and report."""
         jobs.write_json(self.evidence / jobs_of_evaluation.SUMMARY, evaluation.model_dump(mode="json"))
         jobs.write_text(self.evidence / jobs_of_evaluation.REPORT, report.render(evaluation, measured))
 

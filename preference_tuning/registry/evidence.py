@@ -109,6 +109,13 @@ def _of_evaluation(
         yield "the evaluation is on other data"
     if evaluation.base_model_fingerprint != source.fingerprint:
         yield "the evaluation is against another base model"
-    points = list(spool.read(folder / evaluation_job.METRICS)) if (folder / evaluation_job.METRICS).is_file() else []
-    if len(points) != 1:
-        yield f"the metrics of the evaluation hold {len(points)} points instead of one"
+    path = folder / evaluation_job.METRICS
+    points = spool.read(path) if path.is_file() else ()
+    told = [(name, value) for point in points for name, value in point.metrics.items()]
+    figures = {
+        f"evaluation/{model}/{name}": figure.value
+        for model, found in evaluation.models.items()
+        for name, figure in found.items()
+    }
+    if sorted(map(repr, told)) != sorted(map(repr, figures.items())):
+        yield "the metrics of the evaluation are not the figures of its summary, each once"

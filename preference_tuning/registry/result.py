@@ -21,9 +21,8 @@ from preference_tuning.registry import card, charts, evidence, provenance
 from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import CARD, FolderRegistry, Version, version_id
 from preference_tuning.registry.pointers import Change
-from preference_tuning.tracking.comet import Comet, CometRun
 from preference_tuning.training import unfinished
-from preference_tuning.training.job import METRICS, TrainingRecord
+from preference_tuning.training.job import TrainingRecord
 
 
 class Result(BaseModel):
@@ -41,7 +40,6 @@ class Result(BaseModel):
     """The evidence folder of each stage, in their order."""
     evaluation: Path
     config: RunConfig
-    comet: CometRun
     output_dir: Path
     run: dict[str, str]
 
@@ -118,20 +116,6 @@ def register(result: Result, config: RegistryConfig) -> Registered:
     )
 
 
-def track(result: Result, registered: Registered) -> None:
-    """Complete the run's Comet experiment: stages that came from the step cache, and what became of the result."""
-    spools = {stage: folder / METRICS for stage, folder in result.training.items()}
-    spools["evaluation"] = result.evaluation / evaluation_job.METRICS
-    for stage, spool in spools.items():
-        if not result.comet.has(stage):
-            tracker = Comet.start(result.comet, stage)
-            tracker.replay(spool)
-            tracker.end()
-    tracker = Comet.start(result.comet, "register")
-    tracker.log_others({f"registry/{name}": value for name, value in registered.metadata().items()})
-    tracker.end()
-
-
 def _check_evidence(result: Result) -> None:
     """Refuse a result that is not finished, not healthy, or not the one that was measured."""
     stages = ("sft", "dpo") if result.finetuning_type == "dpo" else ("sft",)
@@ -158,7 +142,6 @@ def _current(result: Result, registry: FolderRegistry) -> evaluation_job.Evaluat
         result.adapters,
         result.config.evaluation,
         result.output_dir,
-        result.comet,
         champion=champion,
         beta=result.config.dpo.beta,
         max_length=result.config.dpo.length(result.base_model),

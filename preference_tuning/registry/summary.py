@@ -7,8 +7,14 @@ from preference_tuning.evaluation.job import load_summary
 from preference_tuning.registry.result import Registered, Result
 
 
-def render(result: Result, registered: Registered) -> str:
-    """Return what was trained on what, the figures before and after, the verdict, and where everything lies."""
+def render(result: Result, registered: Registered, tracked: str) -> str:
+    """Return what was trained on what, the figures before and after, the verdict, and where everything lies.
+
+    Args:
+        result: of the run.
+        registered: what became of it.
+        tracked: where its metrics are.
+    """
     evaluation = load_summary(registered.evaluation)
     manifest = result.dataset.manifest
     stages = ", ".join(
@@ -22,7 +28,7 @@ def render(result: Result, registered: Registered) -> str:
         f"version    {registered.version.id} of {registered.version.name}, {_standing(registered)}",
         f"model      {_short(registered.folder / 'model')}",
         f"report     {_short(registered.folder / 'evidence' / 'evaluation' / 'report.html')}",
-        f"comet      {_comet(result)}",
+        f"comet      {tracked}",
         f"dashboard  python run.py dashboard {result.run.get('zenml_run', '')}".rstrip(),
     ]
     return "\n".join(lines)
@@ -34,12 +40,6 @@ def _standing(registered: Registered) -> str:
     if registered.verdict.decision == "promote" and registered.taken_back:
         return f"not promoted: it was taken back on {registered.taken_back.at:%Y-%m-%d} (run.py registry promote)"
     return f"not promoted; the champion is {registered.champion}" if registered.champion else "not promoted"
-
-
-def _comet(result: Result) -> str:
-    if result.comet.mode() == "offline":
-        return f"comet upload {_short(result.comet.folder)}/*/*.zip"
-    return f"experiment {result.comet.experiment_key}" if result.comet.mode() == "online" else "off"
 
 
 def _short(path: Path) -> str:

@@ -24,6 +24,7 @@ from preference_tuning.reports.markup import (
     table,
     text,
 )
+from preference_tuning.reports.taking import drawings
 
 __all__ = [
     "Chart",
@@ -34,6 +35,7 @@ __all__ = [
     "bars",
     "beside",
     "charts",
+    "drawings",
     "facts",
     "folded",
     "forest",

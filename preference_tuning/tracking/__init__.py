@@ -1,4 +1,6 @@
-"""Metrics: the spool on disk, which is the truth, and Comet, which is fed from it.
+"""Tracking: what a run measured and made, kept in a folder of its own, and brought to Comet from there.
 
-A tracker that cannot start stops the run; one that fails later only warns. The only package that knows comet_ml.
+Jobs write a spool (``spool``) and know nothing more. The steps note in the run's folder (``folder``) what belongs to
+the run, through ``recording``. One function (``delivery``) feeds a tracker from that folder: Comet while the run lives,
+Comet later, or Comet's offline archives (``sending``). Only ``comet`` knows comet_ml.
 """

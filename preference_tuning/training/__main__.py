@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from preference_tuning import failures, jobs
 from preference_tuning.errors import OutOfMemoryError, TransientError
-from preference_tuning.tracking.comet import Comet
 from preference_tuning.training.job import TrainingJob, TrainingRecord
 
 
@@ -16,14 +14,12 @@ def main(folder: Path, job: TrainingJob) -> TrainingRecord | None:
     from preference_tuning.models import backend, compute
     from preference_tuning.training import memory, processes
 
-    # Comet must start before anything seeds the global random state (see tracking.comet).
-    comet = Comet.start(job.comet, job.stage) if os.environ.get("RANK", "0") == "0" else Comet(None)
     try:
         processes.join(job.processes, compute.device_of(job.base_model))
         backend.activate(job.base_model)
         from preference_tuning.training.stage import Stage
 
-        return Stage(folder, job, comet).run()
+        return Stage(folder, job).run()
     except (RuntimeError, MemoryError) as error:
         if failures.kind_of(error) == "out_of_memory":
             raise OutOfMemoryError(f"{job.stage.upper()} ran out of memory", memory.facts()) from error
@@ -31,8 +27,6 @@ def main(folder: Path, job: TrainingJob) -> TrainingRecord | None:
             message = "another process of the job ended without a word (out of memory?); the same command continues it"
             raise TransientError(message) from error
         raise
-    finally:
-        comet.end()
 
 
 if __name__ == "__main__":

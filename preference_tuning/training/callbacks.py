@@ -16,7 +16,6 @@ from preference_tuning.errors import DivergedError, InterruptedJobError
 from preference_tuning.jobs import stopping
 from preference_tuning.models import weights
 from preference_tuning.progress import bar
-from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Point, Spool
 from preference_tuning.training import checkpoints, processes
 
@@ -59,10 +58,10 @@ def steps_of_share(share: float, total: int) -> set[int]:
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Writes every metric to the spool and to Comet under ``stage/train/...`` and ``stage/eval/...``."""
+    """Writes every metric to the spool, under ``stage/train/...`` and ``stage/eval/...``."""
 
-    def __init__(self, stage: str, spool: Spool, comet: Comet, every: int) -> None:
-        self._stage, self._spool, self._comet, self._every = stage, spool, comet, every
+    def __init__(self, stage: str, spool: Spool, every: int) -> None:
+        self._stage, self._spool, self._every = stage, spool, every
 
     def on_log(
         self,
@@ -87,9 +86,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def _send(self, state: TrainerState, metrics: dict[str, float]) -> None:
         epoch = round(state.epoch, 4) if state.epoch is not None else None
-        point = Point(step=state.global_step, epoch=epoch, metrics=metrics)
-        self._spool.append(point)
-        self._comet.log(point)
+        self._spool.append(Point(step=state.global_step, epoch=epoch, metrics=metrics))
 
 
 def _is_evaluation(name: str) -> bool:
@@ -283,7 +280,6 @@ def watch(
     stage: str,
     settings: StageConfig,
     spool: Spool | None,
-    comet: Comet,
     save_every_minutes: float | None,
 ) -> None:
     """Add the callbacks to a trainer.
@@ -293,10 +289,9 @@ def watch(
         stage: sft or dpo.
         settings: of the stage.
         spool: where metrics go; None in all processes but the first, which show and write nothing.
-        comet: where they go too.
         save_every_minutes: the longest that training goes on without a checkpoint; None for as long as it likes.
     """
-    shown = [Metrics(stage, spool, comet, settings.logging_steps), Progress(stage)] if spool else []
+    shown = [Metrics(stage, spool, settings.logging_steps), Progress(stage)] if spool else []
     trainer.remove_callback(PrinterCallback)
     # Stop is last: it overrules what Shares wants.
     health, stop = Health(settings, trainer.accelerator), Stop(stage, save_every_minutes)

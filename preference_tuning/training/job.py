@@ -1,5 +1,6 @@
 """What a training job is, and how a step starts one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,12 @@ from preference_tuning.models.chat import Room
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, template_of
-from preference_tuning.tracking.comet import CometRun
+from preference_tuning.tracking import spool
 from preference_tuning.training import checkpoints, unfinished
 
 MODULE = "preference_tuning.training"
 ADAPTER, EVIDENCE = "adapter", "evidence"
-RECORD, METRICS, REPORT = "record.json", "metrics.jsonl", "report.html"
+RECORD, METRICS, REPORT = "record.json", spool.FILE, "report.html"
 
 COUPLED = {"aot", "aot_unpaired", "sft"}
 """DPO losses that are no mean over pairs: they sort a batch, or take the mean over its tokens."""
@@ -49,7 +50,6 @@ class TrainingJob(jobs.Job):
     """They decide the size of a step's batch, so they are part of what the job is."""
     fsdp: Literal["off", "full_shard"] = "off"
     output_dir: Path
-    comet: CometRun
     # These change when training is safe, never what it makes.
     save_every_minutes: float | None = None
     strict_resume: bool = False
@@ -211,10 +211,15 @@ class Trained(BaseModel):
     evidence: Path
 
 
-def train(job: TrainingJob, again: bool = False) -> Trained:
+def train(job: TrainingJob, again: bool = False, begun: Callable[[Path], object] = lambda _: None) -> Trained:
     """Run a training job to its end, continuing an unfinished one, and return what it made.
 
     A finished job is not done twice unless ``again``, or unless its weights are no longer what it wrote.
+
+    Args:
+        job: that is to be run.
+        again: do finished work anew.
+        begun: is told, before anything runs, in which folder the evidence will lie.
 
     Raises:
         ConfigError: unfinished training of other settings is in the way.
@@ -223,6 +228,7 @@ def train(job: TrainingJob, again: bool = False) -> Trained:
         PreferenceTuningError: it failed otherwise.
     """
     folder, work = unfinished.settle(job, again)
+    begun(folder / EVIDENCE)
     try:
         trained = _trained(folder, jobs.run(MODULE, folder, work, TrainingRecord, again, job.processes))
         if not trained.adapter.is_dir() or fingerprint.of_directory(trained.adapter) != trained.record.adapter_hash:
@@ -245,7 +251,6 @@ def from_artifacts(
     source: ModelSource,
     dataset: Dataset,
     output_dir: Path,
-    comet: CometRun,
     training: TrainingConfig | None = None,
     **settings: Any,
 ) -> TrainingJob:
@@ -272,7 +277,6 @@ def from_artifacts(
         retries=training.retries,
         unfinished=training.unfinished,
         output_dir=output_dir.absolute(),
-        comet=comet,
         save_every_minutes=training.save_every_minutes,
         strict_resume=training.strict_resume,
         **settings,

@@ -14,7 +14,6 @@ from preference_tuning.errors import ConfigError, DivergedError, InterruptedJobE
 from preference_tuning.jobs import stopping
 from preference_tuning.models import chat, compute, kernels, loading, rows, scoring, weights
 from preference_tuning.models.source import pinned
-from preference_tuning.tracking.comet import Comet
 from preference_tuning.tracking.spool import Spool, read
 from preference_tuning.training import arguments, callbacks, checkpoints, disk, processes, reference, report, trainers
 from preference_tuning.training import job as jobs_of_training
@@ -26,9 +25,9 @@ VERSIONS = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 class Stage:
     """One stage: load, tokenise, build the trainer, resume, train, save. What is written, the first process writes."""
 
-    def __init__(self, folder: Path, job: TrainingJob, comet: Comet) -> None:
+    def __init__(self, folder: Path, job: TrainingJob) -> None:
         """Load the base model for ``job`` in its ``folder``."""
-        self.folder, self.job, self.comet, self.first = folder, job, comet, processes.rank() == 0
+        self.folder, self.job, self.first = folder, job, processes.rank() == 0
         self.evidence = folder / jobs_of_training.EVIDENCE
         self.evidence.mkdir(exist_ok=True)
         if job.adapter is not None and fingerprint.of_directory(job.adapter) != job.adapter_hash:
@@ -64,9 +63,6 @@ class Stage:
         answers = 2 if job.stage == "dpo" else 1
         train, held_out = self._rows(job.split, answers), self._rows("held_out", answers)
         self._check_disk(model, job.settings.total_steps(len(train.rows), job.processes))
-        self.comet.log_parameters(job.stage, job.settings.model_dump(mode="json"))
-        if job.forced:
-            self.comet.log_others({f"{job.stage}/forced/{name}": str(value) for name, value in job.forced.items()})
         trainer = self._trainer(model, train.rows, held_out.rows)
         processes.draw_apart(job.settings.seed)
         seconds = self._train(trainer, checkpoint)
@@ -123,8 +119,6 @@ class Stage:
         totals = checkpoints.totals_of(checkpoint)
         path = self.evidence / jobs_of_training.METRICS
         spool = Spool(path, resume_at=checkpoints.step_of(checkpoint) if checkpoint else 0) if self.first else None
-        if checkpoint and self.first:
-            self.comet.replay(path)
         clock = callbacks.Clock(totals.seconds)
         trainer._total_train_tokens = totals.tokens  # TRL would count anew
 
@@ -135,7 +129,7 @@ class Stage:
             checkpoints.publish(self.checkpoints, step, done, self.identity)
 
         trainer.publish = publish
-        callbacks.watch(trainer, self.job.stage, self.job.settings, spool, self.comet, self.job.save_every_minutes)
+        callbacks.watch(trainer, self.job.stage, self.job.settings, spool, self.job.save_every_minutes)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return clock.seconds
 
