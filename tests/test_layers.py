@@ -15,6 +15,7 @@ OWNERS = {
     "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
     "huggingface_hub": {"hub.py"},
     "lm_eval": {"evaluation/harness.py"},
+    "mlflow": {"registry/pushing/targets/mlflow.py"},
     "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),
     "liger_kernel": {"models/kernels.py"},

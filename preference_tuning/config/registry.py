@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import StringConstraints
 
 from preference_tuning.config.section import Name, Section, Text
 
@@ -48,7 +48,7 @@ class MLflowPush(PushConfig):
     """None: the registry's own."""
 
 
-PushTarget = Annotated[HuggingFacePush | CometPush | MLflowPush, Field(discriminator="to")]
+PushTarget = HuggingFacePush | CometPush | MLflowPush
 
 
 class RegistryConfig(Section):
