@@ -6,8 +6,7 @@ Never cached: it is idempotent and quick, and what it changes lies outside the a
 from pathlib import Path
 from typing import Annotated
 
-from zenml import get_step_context, log_metadata, step
-from zenml.enums import ModelStages
+from zenml import log_metadata, step
 from zenml.types import HTMLString
 
 from preference_tuning.config import BaseModelConfig, RegistryConfig
@@ -15,6 +14,7 @@ from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
 from preference_tuning.registry import result, summary
+from steps import models
 from steps.context import current_run, give_key_to
 
 
@@ -49,11 +49,7 @@ def register(
     registered = result.register(outcome, registry)
     result.track(outcome, registered)
     log_metadata(registered.metadata())
-    if get_step_context().pipeline_run.config.model:
-        measured = job.load_summary(registered.evaluation).metadata()
-        log_metadata(metadata={**measured, **registered.metadata()}, infer_model=True)
-        if registered.promoted:
-            get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
+    models.record(registered, registry)
     print(summary.render(outcome, registered))
     report = (registered.evaluation / job.REPORT).read_text(encoding="utf-8")
     return registered.version.id, HTMLString(report)
