@@ -5,6 +5,7 @@ version, ``follow`` repairs the stages, and both may be repeated. Ours are the v
 that ZenML's own `model:` section of a run config makes are left alone, unless one holds a stage that is needed.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,9 +79,11 @@ def follow(registry: FolderRegistry) -> None:
 
 def _model(name: str) -> ModelResponse:
     client = Client()
+    with suppress(KeyError):
+        return client.get_model(name)
     try:
         return client.create_model(name, description=f"The versions of {name} in its registry", tags=[OURS])
-    except EntityExistsError:
+    except EntityExistsError:  # another run was first
         return client.get_model(name)
 
 
@@ -90,8 +93,10 @@ def _version(model: ModelResponse, registered: Registered, text: str) -> ModelVe
     base = Path(str(ours.base_model["source"])).name[:255]
     tags = {OURS, ours.finetuning_type, base, registered.verdict.decision}
     try:
-        version = client.create_model_version(model.id, ours.id, text, list(tags))
-    except EntityExistsError:
+        version = client.get_model_version(model.id, ours.id)
+    except KeyError:
+        with suppress(EntityExistsError):  # another run was first
+            client.create_model_version(model.id, ours.id, text, list(tags))
         version = client.get_model_version(model.id, ours.id)
     if version.description != text:
         client.update_model_version(model.id, version.id, description=text)

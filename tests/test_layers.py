@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "preference_tuning"
 OWNERS = {
-    "comet_ml": {"tracking/comet.py"},
+    "comet_ml": {"tracking/comet.py", "tracking/comet_key.py", "tracking/comet_models.py"},
     "duckdb": {"data/across.py"},
     "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
     "huggingface_hub": {"hub.py"},

@@ -217,6 +217,7 @@ def test_zenmls_model_has_a_version_for_each_result(finished: Finished) -> None:
         assert outputs[name] in found["artifacts"], name
 
 
+@pytest.mark.whole
 def test_zenmls_stages_follow_the_registry(finished: Finished) -> None:
     """Promotion by a run and by a verb, a later verdict, a repair, and versions that are not ours or no more."""
     project = finished.project

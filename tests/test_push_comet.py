@@ -67,6 +67,7 @@ def test_a_version_is_uploaded_once_and_registered(
     assert found["model"] == f"{NAME}-{version}"
     told = [path for path, _ in comet.asked if "/batch/" in path]
     assert {path.rsplit("/", 1)[1] for path in told} <= {"metric"}, "no parameters, no environment, no output"
+    assert comet.sent("/notification/experiment") == [], "no name of a user"
 
     comet.asked.clear()
     assert push(registry, version) == receipt
@@ -75,6 +76,7 @@ def test_a_version_is_uploaded_once_and_registered(
     assert not [path for path, _ in comet.asked if "upload" in path or "/write/" in path]
 
 
+@pytest.mark.faults
 def test_what_was_killed_before_the_receipt_goes_on_with_what_is_there(
     registry: FolderRegistry, comet: CometServer, tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_tags_and_status_follow_the_champion(registry: FolderRegistry, comet: Co
     assert len(comet.sent("/asset/upload")) == 8, "nothing was uploaded twice"
 
 
+@pytest.mark.faults
 def test_a_number_that_another_push_took_is_not_ours(
     registry: FolderRegistry, comet: CometServer, tmp_path: Path
 ) -> None:
@@ -164,6 +167,7 @@ def test_a_wrong_key_is_found_by_the_check_and_never_shown(
     assert comet.models == {}
 
 
+@pytest.mark.faults
 def test_a_host_that_is_gone_or_hangs_costs_seconds(
     registry: FolderRegistry, comet: CometServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +190,7 @@ def test_a_host_that_is_gone_or_hangs_costs_seconds(
     assert push(registry, version).state == "done"
 
 
+@pytest.mark.faults
 def test_files_that_do_not_arrive_are_noticed(registry: FolderRegistry, comet: CometServer, tmp_path: Path) -> None:
     """The client only logs that; nothing is registered without its files."""
     version = publish(registry, tmp_path)

@@ -137,6 +137,7 @@ def test_killed_before_the_receipt_it_goes_on_with_what_is_there(
     assert aliases(uri) == {"champion": version}
 
 
+@pytest.mark.faults
 def test_two_pushes_at_once_make_one(registry: FolderRegistry, uri: str, tmp_path: Path) -> None:
     """Both have looked and found nothing; then both create."""
     version = publish(registry, tmp_path)
