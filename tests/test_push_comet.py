@@ -220,6 +220,7 @@ def test_a_large_model_leaves_its_weights_here(
 
 
 def test_names_are_those_that_comet_makes_of_them() -> None:
+    assert CometTarget(CometPush(to="comet", name="Its.own"), RegistryConfig(name="m")).key == "comet:its-own"
     from comet_ml.utils import proper_registry_model_name
 
     for name in ("preference-tuned", "llama-3.1-8b-dpo", "A__b..C", "x-"):

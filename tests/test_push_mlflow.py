@@ -33,9 +33,13 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/deep/mlflow.db"
 
 
+def registry_config() -> RegistryConfig:
+    return RegistryConfig(name="my-model")
+
+
 def target(uri: str, when: Any = "registered") -> MLflowTarget:
     entry = MLflowPush(to="mlflow", tracking_uri=uri, when=when)
-    return MLflowTarget(entry, RegistryConfig(name="my-model"))
+    return MLflowTarget(entry, registry_config())
 
 
 def push(registry: FolderRegistry, version: str, uri: str, folder: Path, again: bool = False) -> pushing.Receipt:
@@ -83,6 +87,15 @@ def test_a_version_becomes_a_pointer_with_what_it_is(registry: FolderRegistry, u
     assert tags["zenml_run"] == "run-1"
     assert tags["comet_experiment"] == "e" * 32
     assert not list(tmp_path.glob("mlruns")), "MLflow left a folder behind"
+
+
+def test_the_entrys_own_name_wins(registry: FolderRegistry, uri: str, tmp_path: Path) -> None:
+    version = publish(registry, tmp_path)
+    other = MLflowTarget(MLflowPush(to="mlflow", tracking_uri=uri, name="other", when="registered"), registry_config())
+    assert other.key == f"mlflow:{uri}#other"
+    [receipt] = pushing.push(registry, version, [other], tmp_path / "aside")
+    assert receipt.facts["model"] == "other"
+    assert [found.name for found in client(uri).search_registered_models()] == ["other"]
 
 
 def test_the_aliases_follow_the_champion(registry: FolderRegistry, uri: str, tmp_path: Path) -> None:
