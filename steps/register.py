@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 from zenml import get_step_context, log_metadata, step
-from zenml.enums import ModelStages
 from zenml.types import HTMLString
 
 from preference_tuning import tracked
@@ -16,6 +15,7 @@ from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
 from preference_tuning.registry import result, summary
+from steps import models
 from steps.context import current_run, give_key_to
 
 
@@ -53,11 +53,7 @@ def register(
     log_metadata({**registered.metadata(), **run.tracking.links()})
     if links := run.tracking.links():
         log_metadata(metadata={**links}, run_id_name_or_prefix=get_step_context().pipeline_run.id)
-    if get_step_context().pipeline_run.config.model:
-        measured = job.load_summary(registered.evaluation).metadata()
-        log_metadata(metadata={**measured, **registered.metadata()}, infer_model=True)
-        if registered.promoted:
-            get_step_context().model.set_stage(ModelStages.PRODUCTION, force=True)
+    models.record(registered, registry)
     print(summary.render(outcome, registered, run.tracking.told()))
     report = (registered.evaluation / job.REPORT).read_text(encoding="utf-8")
     return registered.version.id, HTMLString(report)

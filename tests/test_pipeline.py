@@ -244,6 +244,89 @@ def test_the_cache(finished: Finished, comet: CometServer) -> None:
     assert statuses(identical)["register"] == "completed"
     versions = [run["steps"]["register"]["metadata"]["version"] for run in (identical, finished.run)]
     assert versions[0] == versions[1]
+    # In ZenML's model too: one version with both runs, and its metadata.
+    found = indexed(project, versions[0])
+    assert found["versions"].count(versions[0]) == 1
+    assert {identical["name"], finished.run["name"]} <= set(found["runs"])
+    assert found["metadata"]["decision"] == "promote"
+
+
+def indexed(project: Project, version: str) -> dict[str, Any]:
+    """Return what ZenML's model says of a version."""
+    script = f"""
+import json
+from zenml.client import Client
+from zenml.utils.pagination_utils import depaginate
+c = Client()
+version = c.get_model_version("preference-tuned", {version!r})
+print(json.dumps({{
+    "models": [m.name for m in c.list_models().items],
+    "versions": [v.name for v in depaginate(c.list_model_versions, model=version.model.id)],
+    "stage": version.stage,
+    "description": version.description,
+    "tags": [t.name for t in version.tags],
+    "metadata": dict(version.run_metadata),
+    "artifacts": [a.uri for a in depaginate(c.list_artifact_versions, model_version_id=version.id)],
+    "runs": [l.pipeline_run.name for l in c.list_model_version_pipeline_run_links(model_version_id=version.id).items],
+}}, default=str))
+"""
+    done = project.run("-c", script, ZENML_LOGGING_VERBOSITY="ERROR")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def test_zenmls_model_has_a_version_for_each_result(finished: Finished) -> None:
+    """Without a word of it in the run config."""
+    project, steps = finished.project, finished.run["steps"]
+    version = steps["register"]["metadata"]["version"]
+    found = indexed(project, version)
+    assert found["models"] == ["preference-tuned"]
+    assert set(found["versions"]) == {manifest["id"] for manifest in manifests(project)}
+    assert finished.run["name"] in found["runs"]
+    assert found["stage"] == "production"
+    assert "preference pairs" in found["description"]
+    assert set(found["tags"]) == {"preference-tuning", "dpo", "tiny-model0", "promote"}
+    (manifest,) = [found for found in manifests(project) if found["id"] == version]
+    metadata, figures = found["metadata"], {k: v for k, v in steps["evaluate"]["metadata"].items() if "/" in k}
+    assert {name: str(metadata[name]) for name in figures} == figures
+    assert metadata["dpo/rewards/accuracies/low"] <= metadata["dpo/rewards/accuracies"], "with the ends of intervals"
+    assert metadata["data_fingerprint"] == manifest["data"]["fingerprint"]
+    assert metadata["folder"] == str(project.folder / "outputs/registry/preference-tuned/versions" / version)
+    assert metadata["comet_experiment"] == manifest["run"]["comet_experiment"]
+    assert metadata["decision"] == metadata["verdict"] == "promote"
+    outputs = {name: uri for step in steps.values() for name, uri in step["outputs"].items()}
+    for name in ("dataset", "sft_adapter", "dpo_adapter", "dpo_evidence", "evaluation"):
+        assert outputs[name] in found["artifacts"], name
+
+
+@pytest.mark.whole
+def test_zenmls_stages_follow_the_registry(finished: Finished) -> None:
+    """Promotion by a run and by a verb, a later verdict, a repair, and versions that are not ours or no more."""
+    project = finished.project
+    shutil.copyfile(ROOT / "tests" / "zenml_models.py", project.folder / "zenml_models.py")
+    done = project.run("zenml_models.py", ZENML_LOGGING_VERBOSITY="ERROR")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    one, two, three = told["versions"]
+    seen = {found.pop("after"): found for found in told["seen"]}
+    assert {what: found["stages"] for what, found in seen.items() if "stages" in found} == {
+        "recorded, not promoted": {one: "staging"},
+        "promoted by its run": {one: "production"},
+        "a challenger": {one: "production", two: "staging"},
+        "another verdict": {one: "production", two: "staging"},
+        "promoted by a verb": {one: "archived", two: "production"},
+        "repaired by the next run": {one: "production", two: "archived", three: "staging"},
+        "a version of the user's own": {one: "production", two: "archived", three: "staging", "own": "archived"},
+        "removed": {one: "production", two: "archived", three: "archived", "own": "archived"},
+    }
+    assert seen["no force"]["raised"]
+    assert seen["a challenger"]["decisions"][two] == "inconclusive"
+    assert seen["another verdict"]["decisions"][two] == "promote"
+    assert seen["another verdict"]["tags"][two] == ["dpo", "preference-tuning", "promote", "tiny-model0"]
+    assert "removed" in seen["removed"]["tags"][three]
+    assert seen["removed"]["tags"]["own"] == []
+    assert "warning: ZenML's stages do not follow yet (RuntimeError: no such server)" in done.stderr
 
 
 def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> None:

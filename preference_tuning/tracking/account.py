@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from preference_tuning.config import TrackingConfig
-from preference_tuning.errors import ConfigError
+from preference_tuning.errors import ConfigError, TransientError
 
 Mode = Literal["online", "offline", "off"]
 
@@ -48,6 +48,21 @@ def check(config: TrackingConfig) -> str:
             f"Comet online, project {config.project}\n{'':10}warning: Comet cannot be reached now "
             f"({type(error).__name__}); the run goes on without it, and `run.py track upload` sends what is missing"
         )
+
+
+def user_of_key() -> str:
+    """Return whose key is in the environment.
+
+    Raises:
+        ConfigError: there is none, or Comet does not accept it.
+        TransientError: Comet cannot be reached.
+    """
+    if not os.environ.get("COMET_API_KEY"):
+        raise ConfigError("Comet needs COMET_API_KEY in the environment")
+    try:
+        return str(_ask("account-details").get("userName") or "a user without a name")
+    except httpx.HTTPError as error:
+        raise TransientError(f"Comet cannot be reached now ({type(error).__name__})") from None
 
 
 def _workspace(config: TrackingConfig) -> str:

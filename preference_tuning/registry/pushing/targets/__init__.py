@@ -1,0 +1,1 @@
+"""The services that versions are pushed to, a module for each."""
