@@ -15,7 +15,7 @@ from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
 from preference_tuning.registry import result, summary
-from steps.context import current_run, give_key_to
+from steps.context import current_run, give_secrets
 
 
 @step(enable_cache=False)
@@ -45,7 +45,7 @@ def register(
         output_dir=run.output_dir.absolute(),
         run={"zenml_run": run.name, "zenml_run_id": run.id, "comet_experiment": run.comet.experiment_key},
     )
-    give_key_to(run.config.evaluation.judge)
+    give_secrets(run.config.evaluation.judge)
     registered = result.register(outcome, registry)
     result.track(outcome, registered)
     log_metadata(registered.metadata())

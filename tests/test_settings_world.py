@@ -276,10 +276,12 @@ def test_the_judges_key_may_be_a_zenml_secret(monkeypatch: pytest.MonkeyPatch) -
     assert judge.check(config.JudgeConfig(**asked)).endswith("no key, OPENAI_API_KEY is not set")
     named = config.JudgeConfig(**asked, api_key_secret="judge")
     assert judge.check(named) == "judge m at http://localhost/v1, key in a ZenML secret"
-    assert context.secret(str(named.api_key_secret)) == key
+    context.give_secrets(None, named)
+    assert os.environ["OPENAI_API_KEY"] == key
     for name in ("other", key):
+        wrong = config.JudgeConfig(**asked, api_key_secret=name)
         with pytest.raises(ConfigError, match="ZenML has no secret of that name with a value `api_key`") as caught:
-            context.secret(name)
+            context.give_secrets(wrong)
         assert key not in str(caught.value)
 
 

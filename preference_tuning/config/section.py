@@ -1,8 +1,10 @@
 """What all sections of a run config have in common."""
 
-from typing import Annotated, Any, Final
+import re
+from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -10,6 +12,30 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 UNSHOWN: Final = "unshown"
 """The type of an error whose message must not show the value, because it may be a key."""
+
+
+def _a_name_and_no_key(value: Any) -> Any:
+    # Keys have small letters, names of variables by custom have none.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        raise PydanticCustomError(
+            UNSHOWN, "must be the name of an environment variable, in capitals, and not the key itself"
+        )
+    return value
+
+
+VariableName = Annotated[str, BeforeValidator(_a_name_and_no_key)]
+
+
+class Secret(NamedTuple):
+    """A ZenML secret that a setting names, and where its value goes."""
+
+    field: str
+    """The setting."""
+    name: str
+    value: str
+    """Which of the secret's values."""
+    variable: str
+    """The environment variable that takes it."""
 
 
 class Section(BaseModel):
