@@ -106,6 +106,10 @@ def _add_registry(commands: Any) -> None:
             default = None if name in ("promote", "export") else "champion"
             text = "`champion`, `previous`, an id or the beginning of one"
             verb.add_argument("version", nargs="?" if default else None, default=default, metavar="VERSION", help=text)
+        if name == "push":
+            verb.add_argument(
+                "--again", action="store_true", help="also to targets that have it, as their receipts say"
+            )
         verb.set_defaults(command=registry, verb=name)
 
 
@@ -134,7 +138,9 @@ def check(options: argparse.Namespace) -> None:
     """Check everything and say what was found."""
     from preference_tuning import config, preflight
 
-    print(preflight.check(config.load(options.config, options.set).config))
+    loaded = config.load(options.config, options.set).config
+    _give_secrets(loaded.registry)
+    print(preflight.check(loaded))
 
 
 def data(options: argparse.Namespace) -> None:
@@ -162,10 +168,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(found)
         sys.exit(1 if found.problems else 0)
     assert loaded is not None
-    if loaded.evaluation.judge is not None and loaded.evaluation.judge.api_key_secret is not None:
-        from steps.context import give_key_to
-
-        give_key_to(loaded.evaluation.judge)
+    _give_secrets(loaded.evaluation.judge)
     from preference_tuning import assessment
 
     print(assessment.assess(options.what, loaded))
@@ -180,7 +183,31 @@ def registry(options: argparse.Namespace) -> None:
         raise ConfigError("registry: --set overrides a config; name it with --config CONFIG")
     loaded = config.load(options.config, options.set).config if options.config else None
     section = loaded.registry if loaded else config.RegistryConfig()
+    if options.verb == "push":
+        return registry_push(options, loaded)
     raise NotImplementedError(section)
+
+
+def registry_push(options: argparse.Namespace, loaded: Any) -> None:
+    """Push a version to the targets of the config; exit code 1 if one failed."""
+    from preference_tuning.errors import ConfigError
+
+    if loaded is None or not loaded.registry.push:
+        raise ConfigError("registry push: --config CONFIG names a run config whose registry.push says where to")
+    _give_secrets(loaded.registry)
+    from preference_tuning.registry.pushing import report, targets
+
+    version, receipts = targets.push(loaded.registry, options.version, Path(loaded.output_dir), options.again)
+    print(report.render(receipts) or f"version {version} is not the champion, and no target takes every version")
+    report.raise_failed(version, receipts)
+
+
+def _give_secrets(section: Any) -> None:
+    """Put the ZenML secrets that a section of the config names where the library looks; zenml is imported for them."""
+    if section is not None and section.secrets():
+        from steps.context import give_secrets
+
+        give_secrets(section)
 
 
 def dashboard(options: argparse.Namespace) -> None:

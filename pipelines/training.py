@@ -1,4 +1,4 @@
-"""The one pipeline: load preferences -> SFT -> DPO (only for finetuning_type dpo) -> evaluate -> register.
+"""The one pipeline: load preferences -> SFT -> DPO (only for finetuning_type dpo) -> evaluate -> register -> push.
 
 Wiring and cache policy, nothing else. It starts with `python run.py train CONFIG`, or with ZenML's own
 `zenml pipeline run pipelines.training.training -c CONFIG`; both check the whole config first.
@@ -34,8 +34,10 @@ from preference_tuning.data.job import fingerprints_of
 from preference_tuning.errors import find
 from preference_tuning.evaluation.job import inputs_of
 from preference_tuning.models.source import locate
+from steps.context import give_secrets
 from steps.evaluate import evaluate
 from steps.load_preferences import load_preferences
+from steps.push import push
 from steps.register import register
 from steps.train_dpo import train_dpo
 from steps.train_sft import train_sft
@@ -90,7 +92,7 @@ def _training(
         max_length=dpo.length(base_model),
         **model,
     )
-    register(
+    version, _ = register(
         dataset=dataset,
         sft_adapter=sft_adapter,
         sft_evidence=sft_evidence,
@@ -99,6 +101,8 @@ def _training(
         **tuned,
         **model,
     )
+    if registry.push:
+        push(version=version, registry=registry)
 
 
 class CheckedPipeline(Pipeline):
@@ -112,6 +116,7 @@ class CheckedPipeline(Pipeline):
             config_path = kwargs.get("config_path")
             config = load(Path(config_path)).config if config_path else None
             if config:
+                give_secrets(config.registry)
                 print(preflight.check(config))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):

@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "preference_tuning"
+HUB = "registry/pushing/targets/huggingface"
 OWNERS = {
     "comet_ml": {"tracking/comet.py"},
     "duckdb": {"data/across.py"},
-    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py"},
-    "huggingface_hub": {"hub.py"},
+    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py", f"{HUB}/client.py"},
+    "huggingface_hub": {"hub.py", f"{HUB}/__init__.py", f"{HUB}/client.py", f"{HUB}/repository.py"},
     "lm_eval": {"evaluation/harness.py"},
     "peft": {"models/fused.py", "models/loading.py"},
     "bitsandbytes": set(),

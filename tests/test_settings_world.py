@@ -1,5 +1,6 @@
 """Settings of the model, the adapter, the evaluation, the registry and Comet: each arrives where it acts."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -271,7 +272,8 @@ def test_the_judges_key_may_be_a_zenml_secret(monkeypatch: pytest.MonkeyPatch) -
         return SimpleNamespace(secret_values=kept[name])
 
     monkeypatch.setattr(context, "Client", lambda: SimpleNamespace(get_secret=get_secret))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "")  # so that what the test sets is taken back
+    monkeypatch.delenv("OPENAI_API_KEY")
     asked = {"url": "http://localhost/v1", "model": "m"}
     assert judge.check(config.JudgeConfig(**asked)).endswith("no key, OPENAI_API_KEY is not set")
     named = config.JudgeConfig(**asked, api_key_secret="judge")

@@ -62,7 +62,7 @@ class HuggingFacePush(PushConfig):
     def places(self, name: str) -> list[str]:
         """Return the repositories; no other target may write there."""
         repos = [self.repo_id, *([self.repo_id + MERGED] if self.contents == "both" else [])]
-        return [f"{self.to}:{repo.lower()}" for repo in repos]
+        return [f"{self.to}:{repo}" for repo in repos]
 
 
 class CometPush(PushConfig):
@@ -129,7 +129,7 @@ class RegistryConfig(Section):
         given: dict[str, tuple[int, str | None]] = {}
         for i, entry in enumerate(self.push):
             for place in entry.places(self.name):
-                if (first := taken.setdefault(place, i)) != i:
+                if (first := taken.setdefault(place.lower(), i)) != i:
                     yield ("push", i, "to"), f"goes where push.{first} goes already; keep one"
             if not isinstance(entry, HuggingFacePush):
                 continue
