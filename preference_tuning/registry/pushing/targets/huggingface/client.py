@@ -6,7 +6,9 @@ for the time of a push; all trying again is in ``patience``.
 """
 
 import contextlib
+import functools
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +45,7 @@ class _Client(httpx.Client):
 
 
 @contextlib.contextmanager
-def session(timeout: httpx.Timeout = SILENCE) -> Iterator[None]:
+def session(timeout: httpx.Timeout | None = None) -> Iterator[None]:
     """Let huggingface_hub use our client and be silent; both are of the whole process, so pushes take their turns."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
@@ -53,7 +55,7 @@ def session(timeout: httpx.Timeout = SILENCE) -> Iterator[None]:
         verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
         logging.set_verbosity_error()
         disable_progress_bars()
-        set_client_factory(lambda: _Client(follow_redirects=True, timeout=timeout))
+        set_client_factory(lambda: _Client(follow_redirects=True, timeout=timeout or SILENCE, verify=_certificates()))
         try:
             yield
         finally:
@@ -61,6 +63,12 @@ def session(timeout: httpx.Timeout = SILENCE) -> Iterator[None]:
             logging.set_verbosity(verbosity)
             if bars:
                 enable_progress_bars()
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read the certificates once; it takes longer than many a request."""
+    return httpx.create_ssl_context()
 
 
 def explained(error: Exception, token: str) -> PreferenceTuningError:

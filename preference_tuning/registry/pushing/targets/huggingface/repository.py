@@ -6,7 +6,7 @@ was, an answer that was lost does no harm, and one that is complete sends nothin
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +75,9 @@ class Repository:
             ConfigError: it is there and its visibility is another one.
         """
         if self.private() is None:
-            self._call(lambda: self._api.create_repo(self.id, private=private, exist_ok=True))
+            # Not by exist_ok, which trusts that the answer to a conflict has the address.
+            with _unless_there():
+                self._call(lambda: self._api.create_repo(self.id, private=private))
         found = self.private()
         if found is None:
             raise PreferenceTuningError(f"{self.id}: the hub made the repository and does not show it")
@@ -169,7 +171,8 @@ class Repository:
 
     def _branch(self, name: str) -> None:
         if name not in self._branches():
-            self._call(lambda: self._api.create_branch(self.id, branch=name, exist_ok=True))
+            with _unless_there():
+                self._call(lambda: self._api.create_branch(self.id, branch=name))
 
     def _remove(self, branch: str) -> None:
         from huggingface_hub.errors import HfHubHTTPError
@@ -182,7 +185,8 @@ class Repository:
 
     def _tag(self, name: str, commit: str) -> None:
         # Without a message: a tag with one is an object of its own, with another name than its commit.
-        self._call(lambda: self._api.create_tag(self.id, tag=name, revision=commit, exist_ok=True))
+        with _unless_there():
+            self._call(lambda: self._api.create_tag(self.id, tag=name, revision=commit))
         if (found := self._tags().get(name)) != commit:
             raise PreferenceTuningError(f"{self.id}: the tag {name} is at {found} and not at {commit}")
 
@@ -210,3 +214,15 @@ class Repository:
 
     def _call(self, do: Callable[[], Answer]) -> Answer:
         return self._patience.call(do)
+
+
+@contextlib.contextmanager
+def _unless_there() -> Iterator[None]:
+    """Take the answer that something is there for success; whether it is what it should be is looked at after."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if status_of(error) != 409:
+            raise
