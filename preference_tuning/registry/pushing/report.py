@@ -35,8 +35,8 @@ def page(version: str, receipts: Sequence[Receipt]) -> str:
 
 
 def metadata(receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """Return what the dashboard shows beside the step, by target."""
-    return {receipt.target: f"{receipt.state}: {_told(receipt)}" for receipt in receipts}
+    """Return what the dashboard shows beside the step, by target; ZenML takes no colons in names."""
+    return {receipt.target.replace(":", " "): f"{receipt.state}: {_told(receipt)}" for receipt in receipts}
 
 
 def raise_failed(version: str, receipts: Sequence[Receipt]) -> None:
