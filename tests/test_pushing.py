@@ -166,6 +166,20 @@ def test_main_follows_the_champion_back(hub: Hub, bench: Bench) -> None:
     assert set(hub.repos[REPO].tags) == {f"v-{first}", f"v-{second}"}
 
 
+def test_a_champion_that_is_dethroned_during_its_push_does_not_become_main(hub: Hub, bench: Bench) -> None:
+    bench.push(bench.publish())
+    slow, fast = bench.publish("slow"), bench.publish("fast", promote=False)
+    hub.fail("tag", lambda: bench.registry.promote(fast))
+    receipt = bench.push(slow)
+    assert receipt.state == "done"
+    assert "main" not in receipt.facts
+    repo = hub.repos[REPO]
+    assert shown(repo, f"v-{slow}") == bench.files(slow)
+    assert len(repo.mains) == 2, "empty, and the first"
+    bench.push(fast)
+    assert shown(repo) == bench.files(fast)
+
+
 def test_files_of_ours_that_are_no_longer_part_go_and_those_of_others_stay(hub: Hub, bench: Bench) -> None:
     bench.push(bench.publish("first", special_tokens="{}"))
     repo = hub.repos[REPO]

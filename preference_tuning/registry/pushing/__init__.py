@@ -57,6 +57,10 @@ class Bundle:
     aside: Path
     """A folder for what has to be made for the push, such as a merged model; kept, so that it is made once."""
 
+    def reigns(self) -> bool:
+        """Return whether it was the champion when the push began, and still is."""
+        return self.champion and _is_champion(self.registry, self.version.id)
+
 
 class Pending(Exception):  # noqa: N818 (no failure)
     """A target cannot take a version yet; the message says what it waits for."""
@@ -116,12 +120,11 @@ def push(
         PreferenceTuningError: there is no such version, its files are not what was published, or a receipt cannot be
             written.
     """
-    pointer = registry.champion()
     bundle = Bundle(
         registry=registry,
         version=registry.version(version),
         folder=registry.path(version) / "model",
-        champion=pointer is not None and pointer.version == version,
+        champion=_is_champion(registry, version),
         aside=aside / version,
     )
     wanted = [target for target in targets if bundle.champion or target.when == "registered"]
@@ -138,6 +141,11 @@ def receipt(registry: FolderRegistry, version: str, target: str) -> Receipt | No
     """Return the receipt of a version's push to a target, or None if none was begun."""
     text = registry.read(_place(version, target))
     return Receipt.model_validate_json(text) if text else None
+
+
+def _is_champion(registry: FolderRegistry, version: str) -> bool:
+    pointer = registry.champion()
+    return pointer is not None and pointer.version == version
 
 
 def _has_it(bundle: Bundle, target: Target) -> bool:

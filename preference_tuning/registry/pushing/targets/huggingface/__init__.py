@@ -75,7 +75,7 @@ class HuggingFaceTarget:
                     found = repository.hold(
                         files.of_folder(folder, bundle.version),
                         bundle.version.id,
-                        bundle.champion,
+                        bundle.reigns,
                         lambda found, prefix=prefix: note(_prefixed(found, prefix)),  # type: ignore[misc]
                     )
                     facts |= _prefixed(found, prefix)

@@ -84,9 +84,13 @@ class Repository:
         self.check_visibility(found, private)
 
     def hold(
-        self, files: Mapping[str, File], version: str, promoted: bool, note: Callable[[dict[str, str]], None]
+        self,
+        files: Mapping[str, File],
+        version: str,
+        promoted: Callable[[], bool],
+        note: Callable[[dict[str, str]], None],
     ) -> dict[str, str]:
-        """Make it hold a version under a tag, and as main if it is promoted; return where it is.
+        """Make it hold a version under a tag, and as main while it is promoted; return where it is.
 
         Raises:
             PreferenceTuningError: somebody else's work is in the way.
@@ -94,8 +98,8 @@ class Repository:
         tag, branch = f"v-{version}", f"candidate-{version}"
         facts = {"url": self.url, "tag": tag, "commit": self._tagged(tag, branch, files, note)}
         note(facts)
-        if promoted:
-            facts[MAIN] = self._bring(MAIN, files, f"Version {version}")
+        if main := self._bring(MAIN, files, f"Version {version}", promoted):
+            facts[MAIN] = main
             note(facts)
         if branch in self._branches():
             self._remove(branch)
@@ -116,21 +120,25 @@ class Repository:
                 return commit
             with contextlib.suppress(RevisionNotFoundError):  # another push of the same version was done with it
                 self._branch(branch)
-                commit = self._bring(branch, files, f"Version {tag.removeprefix('v-')}")
+                commit = self._bring(branch, files, f"Version {tag.removeprefix('v-')}", lambda: True)
+                assert commit is not None
                 note({"commit": commit})
                 self._tag(tag, commit)
         raise PreferenceTuningError(f"{self.id}: the branch {branch} or the tag {tag} is removed again and again")
 
-    def _bring(self, branch: str, files: Mapping[str, File], message: str) -> str:
+    def _bring(self, branch: str, files: Mapping[str, File], message: str, wanted: Callable[[], bool]) -> str | None:
         """Make a branch hold the files, in one commit on top of what was looked at, and return that commit.
 
-        Files of ours that are no longer part go; files of others stay.
+        Files of ours that are no longer part go; files of others stay. None if it is not wanted, or no longer: that is
+        asked after the branch was looked at, so whoever is wanted instead comes later, or this commit is refused.
         """
         from huggingface_hub.errors import HfHubHTTPError
 
         before: Tree | None = None
         for _ in range(MOVES):
             head = self._call(lambda: self._api.repo_info(self.id, revision=branch)).sha
+            if not wanted():
+                return None
             tree = self._tree(head)
             stale = (self._listed(head) if INDEX in tree else set()) & set(tree) - set(files)
             if not stale and not contents.differences(tree, files):
