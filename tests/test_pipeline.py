@@ -169,7 +169,6 @@ def test_a_push_is_part_of_the_run_and_is_finished_later(finished: Finished) -> 
     project, token = finished.project, "hf_canary_writer"
     entry = {"to": "huggingface", "repo_id": "me/tiny", "when": "registered", "token_secret": "hub"}
     project.configure(lambda p: p.update(registry={"push": [entry]}), "push.yaml")
-    assert "no secret of that name with a value `token`" in project.run("run.py", "train", "push.yaml").stderr
     secret = f"from zenml.client import Client; Client().create_secret('hub', {{'token': '{token}'}})"
     assert project.run("-c", secret).returncode == 0
     (version,) = [found for found in manifests(project) if found["run"]["zenml_run"] == finished.run["name"]]

@@ -194,11 +194,12 @@ def _push(bundle: Bundle, target: Target) -> Receipt:
     if bundle.champion:
         _write(bundle.registry, _champion_at(target.key), version)
     try:
-        facts.update(target.push(bundle, dict(facts), note))
+        arrived = target.push(bundle, dict(facts), note)
     except Pending as waiting:
         return keep("pending", str(waiting))
     except Exception as error:
         return keep("failed", _reason(error, bundle.aside))
+    facts = {**arrived, **{name: value for name, value in facts.items() if name not in arrived}}
     return keep("done")
 
 
