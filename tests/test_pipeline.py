@@ -298,6 +298,7 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "resume",
         "outputs",
         "registry",
+        "pushes",
         "tracking",
     ]
     assert "training and" in done.stdout
