@@ -142,6 +142,8 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--despite", metavar="REASON", help=text)
     if name == "rollback":
         verb.add_argument("--reason", metavar="TEXT", help="why; kept in the history")
+    if name == "push":
+        verb.add_argument("--again", action="store_true", help="also to targets that have it, as their receipts say")
     if name == "gc":
         verb.add_argument("--keep", type=int, default=5, metavar="N", help="how many of the last ones stay (5)")
         verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -186,7 +188,9 @@ def check(options: argparse.Namespace) -> None:
     """Check everything and say what was found."""
     from preference_tuning import config, preflight
 
-    print(preflight.check(config.load(options.config, options.set).config))
+    loaded = config.load(options.config, options.set).config
+    _give_secrets(loaded.registry)
+    print(preflight.check(loaded))
 
 
 def data(options: argparse.Namespace) -> None:
@@ -214,10 +218,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(found)
         sys.exit(1 if found.problems else 0)
     assert loaded is not None
-    if loaded.evaluation.judge is not None and loaded.evaluation.judge.api_key_secret is not None:
-        from steps.context import give_key_to
-
-        give_key_to(loaded.evaluation.judge)
+    _give_secrets(loaded.evaluation.judge)
     from preference_tuning import assessment
 
     print(assessment.assess(options.what, loaded))
@@ -233,8 +234,15 @@ def registry(options: argparse.Namespace) -> None:
     loaded = config.load(options.config, options.set).config if options.config else None
     from preference_tuning.registry.folder import FolderRegistry
 
+    if options.verb == "push":
+        return registry_push(options, loaded)
     verb = {"list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "gc": _gc}[options.verb]
-    print(verb(FolderRegistry(loaded.registry if loaded else config.RegistryConfig()), options))
+    registry = FolderRegistry(loaded.registry if loaded else config.RegistryConfig())
+    print(verb(registry, options))
+    if options.verb in ("promote", "rollback", "gc"):
+        from pipelines.models import follow
+
+        follow(registry)
 
 
 def _list(registry: "FolderRegistry", options: argparse.Namespace) -> str:
@@ -302,6 +310,28 @@ def track(options: argparse.Namespace) -> None:
     root = options.folder / "tracking"
     for line in overview.listing(root) if options.verb == "list" else overview.upload(root, options.runs):
         print(line)
+
+
+def registry_push(options: argparse.Namespace, loaded: Any) -> None:
+    """Push a version to the targets of the config; exit code 1 if one failed."""
+    from preference_tuning.errors import ConfigError
+
+    if loaded is None or not loaded.registry.push:
+        raise ConfigError("registry push: --config CONFIG names a run config whose registry.push says where to")
+    _give_secrets(loaded.registry)
+    from preference_tuning.registry.pushing import report, targets
+
+    version, receipts = targets.push(loaded.registry, options.version, Path(loaded.output_dir), options.again)
+    print(report.render(receipts) or f"version {version} is not the champion, and no target takes every version")
+    report.raise_failed(version, receipts)
+
+
+def _give_secrets(section: Any) -> None:
+    """Put the ZenML secrets that a section of the config names where the library looks; zenml is imported for them."""
+    if section is not None and section.secrets():
+        from steps.context import give_secrets
+
+        give_secrets(section)
 
 
 def dashboard(options: argparse.Namespace) -> None:

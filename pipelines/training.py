@@ -1,4 +1,4 @@
-"""The one pipeline: load preferences -> SFT -> DPO (only for finetuning_type dpo) -> evaluate -> register.
+"""The one pipeline: load preferences -> SFT -> DPO (only for finetuning_type dpo) -> evaluate -> register -> push.
 
 Wiring and cache policy, nothing else. It starts with `python run.py train CONFIG`, or with ZenML's own
 `zenml pipeline run pipelines.training.training -c CONFIG`; both check the whole config first.
@@ -38,8 +38,10 @@ from preference_tuning.data.job import fingerprints_of
 from preference_tuning.errors import find
 from preference_tuning.evaluation.job import inputs_of
 from preference_tuning.models.source import locate, template_file
+from steps.context import give_secrets
 from steps.evaluate import evaluate
 from steps.load_preferences import load_preferences
+from steps.push import push
 from steps.register import register
 from steps.train_dpo import train_dpo
 from steps.train_sft import train_sft
@@ -103,7 +105,7 @@ def _training(
         max_length=dpo.length(base_model),
         **model,
     )
-    register(
+    version, _ = register(
         dataset=dataset,
         sft_adapter=sft_adapter,
         sft_evidence=sft_evidence,
@@ -112,6 +114,8 @@ def _training(
         **tuned,
         **model,
     )
+    if registry.push:
+        push(version=version, registry=registry)
 
 
 class CheckedPipeline(Pipeline):
@@ -130,6 +134,7 @@ class CheckedPipeline(Pipeline):
             if scheduled:
                 schedules.require_schedulable()
             if config:
+                give_secrets(config.registry)
                 print(preflight.check(config))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):

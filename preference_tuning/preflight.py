@@ -13,6 +13,7 @@ from preference_tuning.models.compute import check_packages
 from preference_tuning.models.devices import processes_of
 from preference_tuning.models.source import ModelSource, locate
 from preference_tuning.registry.folder import FolderRegistry
+from preference_tuning.registry.pushing import targets
 from preference_tuning.tracking import account
 from preference_tuning.training import job as training_job
 from preference_tuning.training import unfinished
@@ -43,6 +44,7 @@ def check(config: RunConfig, only: Collection[str] = ()) -> str:
         ("resume", _resume),
         ("outputs", _outputs),
         ("registry", _registry),
+        ("pushes", _pushes),
         ("tracking", _tracking),
     ):
         if only and name not in only:
@@ -141,6 +143,19 @@ def _registry(config: RunConfig) -> str:
     registry.check_writable()
     champion = registry.champion()
     return f"{registry.name} in {registry.place}, champion {champion.version if champion else 'none yet'}"
+
+
+def _pushes(config: RunConfig) -> str:
+    """Ask every target, so that all that is wrong is told at once."""
+    told, wrong = [], []
+    for target in targets.of(config.registry):
+        try:
+            told.append(target.check())
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return f"\n{'':10}".join(told) or "none"
 
 
 def _tracking(config: RunConfig) -> str:

@@ -7,13 +7,15 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from zenml import get_step_context
 from zenml.client import Client
 from zenml.utils import dashboard_utils
 
 from preference_tuning import interruption
-from preference_tuning.config import JudgeConfig, RunConfig
+from preference_tuning.config import RunConfig
+from preference_tuning.config.section import Secret
 from preference_tuning.errors import ConfigError
 from preference_tuning.tracking.recording import Tracking
 
@@ -68,23 +70,35 @@ def current_run() -> Run:
     )
 
 
-def give_key_to(judge: JudgeConfig | None) -> None:
-    """Put the judge's key, if it is a ZenML secret, where the evaluation's process looks for it."""
-    if judge is not None and judge.api_key_secret is not None:
-        os.environ[judge.api_key_env] = secret(judge.api_key_secret)
+class Secretive(Protocol):
+    """A section of the config that may name ZenML secrets."""
+
+    def secrets(self) -> list[Secret]:
+        """Return those that it names."""
 
 
-def secret(name: str) -> str:
-    """Return the value ``api_key`` of a ZenML secret.
+def give_secrets(*sections: Secretive | None) -> None:
+    """Put the values of the ZenML secrets that the sections name into the variables where the library looks for them.
+
+    Raises:
+        ConfigError: there is no such secret, or it has no such value.
+    """
+    for section in sections:
+        for secret in section.secrets() if section is not None else []:
+            os.environ[secret.variable] = value_of(secret)
+
+
+def value_of(secret: Secret) -> str:
+    """Return the value of a ZenML secret.
 
     Raises:
         ConfigError: there is no such secret, or it has no such value. The name is not repeated: it may be a key by
             mistake.
     """
     try:
-        return Client().get_secret(name, allow_partial_name_match=False).secret_values["api_key"]
+        return Client().get_secret(secret.name, allow_partial_name_match=False).secret_values[secret.value]
     except (KeyError, NotImplementedError):
         raise ConfigError(
-            "api_key_secret: ZenML has no secret of that name with a value `api_key`; make it with "
-            "`zenml secret create NAME --api_key=...`"
+            f"{secret.field}: ZenML has no secret of that name with a value `{secret.value}`; make it with "
+            f"`zenml secret create NAME --{secret.value}=...`"
         ) from None

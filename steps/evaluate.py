@@ -14,7 +14,7 @@ from preference_tuning.models.source import locate
 from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import FolderRegistry, version_id
 from steps.artifacts import DirectoryMaterializer
-from steps.context import current_run, give_key_to
+from steps.context import current_run, give_secrets
 
 
 @step(output_materializers={"evaluation": DirectoryMaterializer})
@@ -47,7 +47,7 @@ def evaluate(
         max_length=max_length,
         retries=run.config.training.retries,
     )
-    give_key_to(evaluation.judge)
+    give_secrets(evaluation.judge)
     with run.tracking.stage("evaluation") as tracking:
         evaluated = job.evaluate(work, again=run.fresh, begun=tracking.follow)
         tracking.add(tracked.of_evaluation(evaluated.evidence))

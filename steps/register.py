@@ -16,7 +16,7 @@ from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
 from preference_tuning.registry import result, summary
 from steps import models
-from steps.context import current_run, give_key_to
+from steps.context import current_run, give_secrets
 
 
 @step(enable_cache=False)
@@ -45,7 +45,7 @@ def register(
         output_dir=run.output_dir.absolute(),
         run=run.names(),
     )
-    give_key_to(run.config.evaluation.judge)
+    give_secrets(run.config.evaluation.judge)
     with run.tracking.stage("registry"):
         registered = result.register(outcome, registry)
         tracked.complete(run.tracking, outcome, registered)

@@ -14,18 +14,23 @@ def paths(section: type[Section], prefix: str = "") -> list[str]:
     """Return ``data.columns.prompt`` and the like for every field of a section and of the sections in it."""
     found: list[str] = []
     for name, field in section.model_fields.items():
-        inner = section_in(field.annotation)
+        inner = sections_in(field.annotation)
         # A section that can be left out, or that comes as a list, is a setting in itself.
-        found += [f"{prefix}{name}"] if inner is not field.annotation else []
-        found += paths(inner, f"{prefix}{name}.") if inner else []
+        found += [f"{prefix}{name}"] if inner != [field.annotation] else []
+        found += dict.fromkeys(path for section in inner for path in paths(section, f"{prefix}{name}."))
     return found
 
 
 def section_in(annotation: Any) -> type[Section] | None:
     """Return the section that a field holds: itself, one or none, or a list of them."""
+    return next(iter(sections_in(annotation)), None)
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a field may hold; several where a list has items of several kinds."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(section_in, get_args(annotation))), None)
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 @cache

@@ -9,12 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "preference_tuning"
+HUB = "registry/pushing/targets/huggingface"
 OWNERS = {
     "comet_ml": {"tracking/comet.py", "tracking/comet_models.py"},
     "duckdb": {"data/across.py"},
     "fsspec": {"registry/storage/remote.py"},
-    "huggingface_hub": {"hub.py", "registry/card.py"},
-    "httpx": {"data/sources/origins.py", "evaluation/judge/client.py", "hub.py", "tracking/account.py"},
+    "httpx": {
+        "data/sources/origins.py",
+        "evaluation/judge/client.py",
+        "hub.py",
+        "tracking/account.py",
+        f"{HUB}/client.py",
+    },
+    "huggingface_hub": {"hub.py", "registry/card.py", f"{HUB}/__init__.py", f"{HUB}/client.py", f"{HUB}/repository.py"},
     "lm_eval": {"evaluation/harness.py"},
     "mlflow": {"registry/pushing/targets/mlflow.py"},
     "peft": {"models/fused.py", "models/loading.py"},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import hub_server
 import pytest
 import yaml
 from comet_archives import SCHEMA_OF, opened
@@ -329,6 +330,53 @@ def test_zenmls_stages_follow_the_registry(finished: Finished) -> None:
     assert "warning: ZenML's stages do not follow yet (RuntimeError: no such server)" in done.stderr
 
 
+def test_a_push_is_part_of_the_run_and_is_finished_later(finished: Finished) -> None:
+    """Its token is a ZenML secret. A failed push fails the run, whose version is there; the rest comes from the cache."""
+    project, token = finished.project, "hf_canary_writer"
+    entry = {"to": "huggingface", "repo_id": "me/tiny", "when": "registered", "token_secret": "hub"}
+    project.configure(lambda p: p.update(registry={"push": [entry]}), "push.yaml")
+    secret = f"from zenml.client import Client; Client().create_secret('hub', {{'token': '{token}'}})"
+    assert project.run("-c", secret).returncode == 0
+    (version,) = [found for found in manifests(project) if found["run"]["zenml_run"] == finished.run["name"]]
+    with hub_server.running() as hub:
+        world = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        hub.fail("tag", 403)
+        failed = project.run("run.py", "train", "push.yaml", **world)
+        assert failed.returncode == 1, failed.stdout + failed.stderr
+        assert "pushes    ok: huggingface:me/tiny: the token in HF_TOKEN is me's and may write" in failed.stdout
+        assert f"error: version {version['id']} is registered, but 1 of 1 pushes failed:" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        later = project.run("run.py", "registry", "push", "--config", "push.yaml", **world)
+        assert later.returncode == 0, later.stdout + later.stderr
+        assert later.stdout.startswith(
+            f"pushed     huggingface:me/tiny: url {hub.endpoint}/me/tiny, tag v-{version['id']}"
+        )
+        sent = len(hub.writes())
+        done = project.run("run.py", "train", "push.yaml", **world)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.rstrip().splitlines()[-1] == later.stdout.rstrip()
+        assert len(hub.writes()) == sent, "an identical push sends nothing"
+        files = hub.repos["me/tiny"].files("main")
+    model = project.folder / "outputs/registry/preference-tuned/versions" / version["id"] / "model"
+    assert {name for name in files if not (model / name).is_file()} == {"preference-tuning.json"}
+    assert all(path.read_bytes() == files[path.name] for path in model.iterdir())
+    runs = project.last_runs(2)
+    wanted = {
+        "load_preferences": "cached",
+        "train_sft": "cached",
+        "train_dpo": "cached",
+        "evaluate": "cached",
+        "register": "completed",
+    }
+    assert [statuses(run) for run in runs] == [{**wanted, "push": "completed"}, {**wanted, "push": "failed"}]
+    shown = [run["steps"]["push"]["metadata"]["huggingface me/tiny"] for run in runs]
+    assert shown[0].startswith("done: url ")
+    assert shown[1].startswith("failed: ")
+    assert all("pushes" in run["steps"]["push"]["outputs"] for run in runs), "also of a push that failed"
+    places = [path for path in project.folder.parent.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert [path for path in places if token.encode() in path.read_bytes() and path.suffix != ".db"] == []
+
+
 def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> None:
     project = finished.project
     project.configure(lambda parameters: parameters.pop("finetuning_type"), "sft.yaml")
@@ -416,6 +464,7 @@ def test_check_says_what_it_found(finished: Finished) -> None:
         "resume",
         "outputs",
         "registry",
+        "pushes",
         "tracking",
     ]
     assert "training and" in done.stdout

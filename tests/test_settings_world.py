@@ -1,5 +1,6 @@
 """Settings of the model, the adapter, the evaluation and the registry: each arrives where it acts."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -269,15 +270,18 @@ def test_the_judges_key_may_be_a_zenml_secret(monkeypatch: pytest.MonkeyPatch) -
         return SimpleNamespace(secret_values=kept[name])
 
     monkeypatch.setattr(context, "Client", lambda: SimpleNamespace(get_secret=get_secret))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "")  # so that what the test sets is taken back
+    monkeypatch.delenv("OPENAI_API_KEY")
     asked = {"url": "http://localhost/v1", "model": "m"}
     assert judge.check(config.JudgeConfig(**asked)).endswith("no key, OPENAI_API_KEY is not set")
     named = config.JudgeConfig(**asked, api_key_secret="judge")
     assert judge.check(named) == "judge m at http://localhost/v1, key in a ZenML secret"
-    assert context.secret(str(named.api_key_secret)) == key
+    context.give_secrets(None, named)
+    assert os.environ["OPENAI_API_KEY"] == key
     for name in ("other", key):
+        wrong = config.JudgeConfig(**asked, api_key_secret=name)
         with pytest.raises(ConfigError, match="ZenML has no secret of that name with a value `api_key`") as caught:
-            context.secret(name)
+            context.give_secrets(wrong)
         assert key not in str(caught.value)
 
 

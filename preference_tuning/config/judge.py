@@ -1,13 +1,12 @@
 """The optional section about a judge: a language model that compares answers, asked over an OpenAI-compatible API."""
 
-import re
 from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from preference_tuning.config.section import UNSHOWN, Section, Text
+from preference_tuning.config.section import UNSHOWN, Secret, Section, Text, VariableName
 
 
 class JudgeConfig(Section):
@@ -17,7 +16,7 @@ class JudgeConfig(Section):
     """Where the API begins, such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``."""
     model: Text
     """Its name at that place. Not a model of the family that is tuned: judges prefer their own style."""
-    api_key_env: Text = "OPENAI_API_KEY"
+    api_key_env: VariableName = "OPENAI_API_KEY"
     """The environment variable that holds the key; a server of one's own may need none."""
     api_key_secret: Text | None = None
     """A ZenML secret whose value ``api_key`` is the key, in place of the variable's."""
@@ -46,16 +45,6 @@ class JudgeConfig(Section):
             )
         return values
 
-    @field_validator("api_key_env", mode="before")
-    @classmethod
-    def _a_name_and_no_key(cls, value: Any) -> Any:
-        # Keys have small letters, names of variables by custom have none.
-        if not isinstance(value, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
-            raise PydanticCustomError(
-                UNSHOWN, "must be the name of an environment variable, in capitals, and not the key itself"
-            )
-        return value
-
     @field_validator("url", mode="before")
     @classmethod
     def _address(cls, value: Any) -> Any:
@@ -65,3 +54,8 @@ class JudgeConfig(Section):
         if parts.username or parts.password or parts.query or parts.fragment:
             raise PydanticCustomError(UNSHOWN, "must be an address alone, without a user, a key or a query in it")
         return value
+
+    def secrets(self) -> list[Secret]:
+        """Return the ZenML secret that is the key, if one is."""
+        named = self.api_key_secret
+        return [Secret("evaluation.judge.api_key_secret", named, "api_key", self.api_key_env)] if named else []

@@ -16,13 +16,14 @@ from pydantic import BaseModel, ValidationError
 
 from preference_tuning.config import secrecy
 from preference_tuning.config.data import DataConfig
+from preference_tuning.config.registry import UNKNOWN_TARGET
 from preference_tuning.config.schema import RunConfig
 from preference_tuning.config.section import UNSHOWN, Section
 from preference_tuning.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
-STEPS = ("load_preferences", "train_sft", "train_dpo", "evaluate", "register")
+STEPS = ("load_preferences", "train_sft", "train_dpo", "evaluate", "register", "push")
 
 # What ZenML 0.98 accepts beside `parameters`. Copied because importing zenml takes seconds; a test compares the
 # copies with the installed ZenML.
@@ -261,7 +262,7 @@ def _validated(document: _Document, parameters: dict[str, Any]) -> RunConfig | N
                 return None
             for item in error.errors():
                 loc = _key_path(item["loc"], parameters)
-                document.problem(("parameters", *loc), _explain(item, loc))
+                document.problem(("parameters", *loc), _explain(item, loc, parameters))
             parameters = _without(parameters, [_key_path(e["loc"], parameters) for e in error.errors()])
     return None
 
@@ -272,7 +273,7 @@ def _key_path(loc: tuple[int | str, ...], parameters: Any) -> KeyPath:
     value = parameters
     for place, part in enumerate(loc, 1):
         last = place == len(loc)
-        if isinstance(value, Mapping) and (part in value or last or _known(tuple(path), part)):
+        if isinstance(value, Mapping) and (part in value or last or _known(tuple(path), part, parameters)):
             value = value.get(part)
         elif isinstance(value, Sequence) and not isinstance(value, str) and isinstance(part, int) and part < len(value):
             value = value[part]
@@ -282,43 +283,62 @@ def _key_path(loc: tuple[int | str, ...], parameters: Any) -> KeyPath:
     return tuple(path)
 
 
-def _known(path: KeyPath, key: int | str) -> bool:
-    section = _section(path)
+def _known(path: KeyPath, key: int | str, parameters: Any) -> bool:
+    section = _section(path, parameters)
     return section is not None and key in section.model_fields
 
 
-def _section(path: KeyPath) -> type[BaseModel] | None:
+def _section(path: KeyPath, parameters: Any) -> type[BaseModel] | None:
     """Return the section that lies at ``path`` of the parameters, if one does."""
     section: type[BaseModel] = RunConfig
-    for key in path:
+    value = parameters
+    for place, key in enumerate(path):
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            value = None
         if isinstance(key, int):
             continue  # a place in a list of sections
+        # What an item of a list is, the item says.
+        item = path[place + 1] if place + 1 < len(path) else None
+        given = value[item] if isinstance(value, list) and isinstance(item, int) and item < len(value) else value
         field_ = section.model_fields.get(key)
-        inner = _section_in(field_.annotation) if field_ else None
+        inner = _chosen(_sections_in(field_.annotation), given) if field_ else None
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field holds: itself, one or none, or a list of them."""
+def _chosen(sections: list[type[Section]], value: Any) -> type[Section] | None:
+    """Return the section that a value is meant to be: of several, the one with its ``to``."""
+    if len(sections) < 2:
+        return sections[0] if sections else None
+    to = value.get("to") if isinstance(value, Mapping) else None
+    return next((section for section in sections if to in get_args(section.model_fields["to"].annotation)), None)
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections that a field may hold: itself, one or none, a list of them, or one of several kinds."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
-def _explain(item: Any, loc: KeyPath) -> str:
+def _explain(item: Any, loc: KeyPath, parameters: Any) -> str:
     if item["type"] == "extra_forbidden":
         key = str(loc[-1])
-        elsewhere = [f"{name}.{key}" for name in RunConfig.model_fields if key in _fields((name,))]
+        elsewhere = [f"{name}.{key}" for name in RunConfig.model_fields if key in _fields((name,), parameters)]
         if elsewhere:
             return f"unknown key here; there is {' and '.join(elsewhere)}"
-        return _unknown(key, _fields(loc[:-1]))
+        return _unknown(key, _fields(loc[:-1], parameters))
     if item["type"] == "missing":
         return "is required"
     if item["type"] == UNSHOWN:
         return str(item["msg"])
+    if item["type"] == UNKNOWN_TARGET:
+        to = item["input"].get("to") if isinstance(item["input"], dict) else None
+        return f"to {to!r}: {item['msg']}" if to is not None else str(item["msg"])
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
         message = "must start with a letter or digit and hold only letters, digits, '.', '_' and '-' (96 at most)"
@@ -328,8 +348,8 @@ def _explain(item: Any, loc: KeyPath) -> str:
     return f"{shown}: {message[0].lower() + message[1:]}"
 
 
-def _fields(path: KeyPath) -> Iterable[str]:
-    section = _section(path)
+def _fields(path: KeyPath, parameters: Any) -> Iterable[str]:
+    section = _section(path, parameters)
     return section.model_fields if section else ()
 
 

@@ -196,7 +196,7 @@ class RunConfig(Section):
     registry: RegistryConfig = RegistryConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""
         yield from _model_contradictions(self.base_model)
         if self.lora is None:
@@ -206,6 +206,8 @@ class RunConfig(Section):
         yield from _stage_contradictions("dpo", self.dpo)
         yield from _dpo_contradictions(self.dpo)
         yield from self.evaluation.contradictions()
+        for place, message in self.registry.contradictions():
+            yield ("registry", *place), message
         yield from self.training.contradictions(self.base_model.backend, self.base_model.load_in_4bit)
         if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
             yield (

@@ -1,8 +1,10 @@
 """What all sections of a run config have in common."""
 
-from typing import Annotated, Any, Final, Self
+import re
+from typing import Annotated, Any, Final, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -14,6 +16,30 @@ UNSHOWN: Final = "unshown"
 
 PORTABLE: Final = {"portable": True}
 """The context of a dump whose places (``config.place``) tell nothing of this machine."""
+
+
+def _a_name_and_no_key(value: Any) -> Any:
+    # Keys have small letters, names of variables by custom have none.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        raise PydanticCustomError(
+            UNSHOWN, "must be the name of an environment variable, in capitals, and not the key itself"
+        )
+    return value
+
+
+VariableName = Annotated[str, BeforeValidator(_a_name_and_no_key)]
+
+
+class Secret(NamedTuple):
+    """A ZenML secret that a setting names, and where its value goes."""
+
+    field: str
+    """The setting."""
+    name: str
+    value: str
+    """Which of the secret's values."""
+    variable: str
+    """The environment variable that takes it."""
 
 
 class Section(BaseModel):
