@@ -106,7 +106,22 @@ def _add_registry(commands: Any) -> None:
             default = None if name in ("promote", "export") else "champion"
             text = "`champion`, `previous`, an id or the beginning of one"
             verb.add_argument("version", nargs="?" if default else None, default=default, metavar="VERSION", help=text)
+        if name == "verify":
+            verb.add_argument("--json", action="store_true", help="print what was found as JSON")
+        if name == "export":
+            _add_export(verb)
         verb.set_defaults(command=registry, verb=name)
+
+
+def _add_export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--as", dest="form", required=True, choices=("merged", "gguf", "ollama"), help="what it becomes")
+    verb.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder for it")
+    text = "bf16 (merged), f16 (gguf, ollama), f32, q8_0, or such as q4_k_m where llama-quantize was built"
+    verb.add_argument("--outtype", metavar="TYPE", help=text)
+    text = "llama.cpp, with its convert_hf_to_gguf.py; without it LLAMA_CPP_DIR"
+    verb.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=text)
+    text = "a Go template for Ollama, instead of the one that renders as the model's own"
+    verb.add_argument("--template", type=Path, metavar="FILE", help=text)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -180,7 +195,30 @@ def registry(options: argparse.Namespace) -> None:
         raise ConfigError("registry: --set overrides a config; name it with --config CONFIG")
     loaded = config.load(options.config, options.set).config if options.config else None
     section = loaded.registry if loaded else config.RegistryConfig()
-    raise NotImplementedError(section)
+    verbs = {"verify": _verify, "export": _export}
+    if options.verb not in verbs:
+        raise NotImplementedError(section)
+    from preference_tuning.registry.folder import FolderRegistry
+
+    output_dir = Path(str(loaded.output_dir if loaded else config.RunConfig.model_fields["output_dir"].default))
+    verbs[options.verb](options, FolderRegistry(section), loaded, output_dir.expanduser())
+
+
+def _verify(options: argparse.Namespace, registry: Any, loaded: Any, output_dir: Path) -> None:
+    import json
+
+    from preference_tuning.registry import roundtrip
+
+    found = roundtrip.verify(registry, options.version, loaded, output_dir)
+    print(json.dumps(found.document(), indent=2) if options.json else found)
+    sys.exit(1 if found.problems else 0)
+
+
+def _export(options: argparse.Namespace, registry: Any, loaded: Any, output_dir: Path) -> None:
+    from preference_tuning.registry import export
+
+    where, how = (options.form, options.to, loaded, output_dir), (options.outtype, options.llama_cpp, options.template)
+    print(f"{options.form} of {options.version}: {export.export(registry, options.version, *where, *how)}")
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -15,7 +15,17 @@ from preference_tuning import jobs
 from preference_tuning.config import JudgeConfig
 from preference_tuning.data import sides
 from preference_tuning.data.table import SPLIT
-from preference_tuning.evaluation import deciding, differences, general, generation, harness, judge, probes, report, scores
+from preference_tuning.evaluation import (
+    deciding,
+    differences,
+    general,
+    generation,
+    harness,
+    judge,
+    probes,
+    report,
+    scores,
+)
 from preference_tuning.evaluation import job as jobs_of_evaluation
 from preference_tuning.evaluation.deciding import Judgement, Measured
 from preference_tuning.evaluation.generation import Answer

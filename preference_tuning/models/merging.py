@@ -1,5 +1,6 @@
 """A tuned model as one set of weights: the adapter merged into its base model in fp32, then rounded once."""
 
+import json
 import math
 import shutil
 import struct
@@ -43,9 +44,8 @@ def merge(
     parts = folder if not weights.is_adapter(folder) else loading.model_folder(source, output_dir)
     count = sum(parameters(parts / name) for name in weights.files(parts) if name.endswith(".safetensors"))
     _check_room(count, dtype, target)
-    compute = Compute(device="cpu", dtype="float32", attention="sdpa", threads=torch.get_num_threads(), reason="merging")
     plain = config.model_copy(update={"backend": "transformers", "load_in_4bit": False})
-    model = _whole(published.load(plain, source, folder, output_dir, compute).model, config)
+    model = _whole(published.load(plain, source, folder, output_dir, exact()).model, config)
     tokenizer = published.load_tokenizer(folder)
     _stop_where_it_learned_to(model, tokenizer)
     model.to(getattr(torch, dtype))
@@ -59,10 +59,15 @@ def merge(
     return count
 
 
+def exact() -> Compute:
+    """Return what whole models are made and looked at on: fp32, where sums do not depend on the machine."""
+    import torch
+
+    return Compute(device="cpu", dtype="float32", attention="sdpa", threads=torch.get_num_threads(), reason="exact")
+
+
 def parameters(path: Path) -> int:
     """Return how many values the tensors of a safetensors file have; reads its header only."""
-    import json
-
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))

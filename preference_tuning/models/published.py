@@ -1,8 +1,9 @@
-"""A published model loaded as its user loads it: the base model, the adapter's folder on it, and that folder's tokenizer.
+"""A published model loaded as its user loads it: the base model, the adapter on it, and the tokenizer beside that.
 
 A full model is its own base model.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ class Published:
         if not len(rows.targets):
             return [[] for _ in answers]
         with torch.no_grad():
-            found = scoring.token_scores(self.model, rows, self.dtype).logps.cpu()
-        return [part.tolist() for part in found.split([len(answer) for answer in answers])]
+            found = scoring.token_scores(self.model, rows, self.dtype).logps.tolist()
+        ends = list(itertools.accumulate(map(len, answers)))
+        return [found[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def load(config: BaseModelConfig, source: ModelSource, folder: Path, output_dir: Path, compute: Compute) -> Published:

@@ -122,15 +122,17 @@ def base_of(version: Version, model: Path, now: BaseModelConfig | None = None) -
         source = ModelSource(kind="directory", location=str(model), fingerprint=weights_hash(model))
         return recorded.model_copy(update={**neutral, **device}), source
     named = now or recorded
-    where = {"source": named.source, "revision": named.revision}
-    config = recorded.model_copy(update={**neutral, **device, **where})
+    place = {"source": named.source, "revision": named.revision}
+    config = recorded.model_copy(update={**neutral, **device, **place})
     wanted = str(version.base_model["fingerprint"])
     try:
         source = locate(config, expected=None if now else wanted)
     except ConfigError as error:
         if now is not None:
             raise
-        raise ConfigError(f"{error}. Name where the base model is now with --config CONFIG (base_model.source)") from None
+        raise ConfigError(
+            f"{error}. Name where the base model is now with --config CONFIG (base_model.source)"
+        ) from None
     if source.fingerprint != wanted:
         raise ConfigError(
             f"base_model.source: {named.source} ({source.fingerprint[:16]}) is not the base model of {version.id}, "

@@ -28,8 +28,8 @@ def compare(loaded: Published, probes: Probes, tolerance: float) -> RoundTrip:
     with bar("scoring probes", len(probes.probes)) as progress:
         for probe in probes.probes:
             found = loaded.token_logps(probe.prompt_ids, probe.answers)
-            pairs = zip(sum(found, []), sum(probe.logps, []), strict=True)
-            differences += [abs(now - then) for now, then in pairs]
+            for now, then in zip(found, probe.logps, strict=True):
+                differences += [abs(a - b) for a, b in zip(now, then, strict=True)]
             progress.update()
     return RoundTrip(
         device=loaded.device.type,
