@@ -46,19 +46,24 @@ class RoundTrip(BaseModel):
     """Of all answers."""
     largest: float
     """Difference of a token's log-probability, nats."""
+    mean: float
+    """Over the tokens."""
     tolerance: float
+    """Of the largest; the mean has ``scoring.OF_MEAN`` of it."""
+    mean_tolerance: float
     text: list[str]
     """What the published tokenizer and template make of the prompts otherwise, a line each."""
 
     @property
     def holds(self) -> bool:
         """Whether the log-probabilities are those that were measured; NaN never is."""
-        return self.largest <= self.tolerance
+        return self.largest <= self.tolerance and self.mean <= self.mean_tolerance
 
     def __str__(self) -> str:
         return (
-            f"largest difference {self.largest:.3g} nats a token over {self.tokens} tokens of answers, tolerance "
-            f"{self.tolerance:g}; measured in {self.measured_in}, now in {self.dtype} on {self.device}"
+            f"largest difference {self.largest:.3g} nats a token (tolerance {self.tolerance:g}), mean {self.mean:.3g} "
+            f"({self.mean_tolerance:g}), over {self.tokens} tokens of answers; measured in {self.measured_in}, now in "
+            f"{self.dtype} on {self.device}"
         )
 
 

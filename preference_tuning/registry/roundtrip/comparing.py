@@ -1,10 +1,11 @@
 """A loaded model against stored probes: what its tokenizer makes of their prompts, and its log-probabilities."""
 
+import math
 from collections.abc import Iterator
 
 from preference_tuning.evaluation import probes as probes_of
 from preference_tuning.evaluation.probes import Probe, Probes
-from preference_tuning.models import chat, compute, published
+from preference_tuning.models import chat, compute, published, scoring
 from preference_tuning.models.published import Published
 from preference_tuning.progress import bar
 from preference_tuning.registry.roundtrip import RoundTrip, RoundTripJob
@@ -24,7 +25,7 @@ def round_trip(job: RoundTripJob) -> RoundTrip:
 
 def compare(loaded: Published, probes: Probes, tolerance: float) -> RoundTrip:
     """Return how far a loaded model is from its probes."""
-    differences = [0.0]
+    differences: list[float] = []
     with bar("scoring probes", len(probes.probes)) as progress:
         for probe in probes.probes:
             found = loaded.token_logps(probe.prompt_ids, probe.answers)
@@ -35,10 +36,12 @@ def compare(loaded: Published, probes: Probes, tolerance: float) -> RoundTrip:
         device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."),
         measured_in=probes.dtype,
-        tokens=len(differences) - 1,
+        tokens=len(differences),
         # max() would pass over a NaN.
-        largest=float("inf") if any(value != value for value in differences) else max(differences),
+        largest=math.inf if any(map(math.isnan, differences)) else max(differences, default=0.0),
+        mean=sum(differences) / max(1, len(differences)),
         tolerance=tolerance,
+        mean_tolerance=scoring.OF_MEAN * tolerance,
         text=list(_text(loaded.tokenizer, probes)),
     )
 
