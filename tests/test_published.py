@@ -93,7 +93,7 @@ def one_weight(version: Path) -> None:
 def a_matrix(version: Path) -> None:
     path = version / "model" / WEIGHTS
     weights = load_file(path)
-    save_file({name: w + 1e-2 if "lora_B" in name else w for name, w in weights.items()}, path, {"format": "pt"})
+    save_file({name: w + 3e-2 if "lora_B" in name else w for name, w in weights.items()}, path, {"format": "pt"})
 
 
 def another_template(version: Path) -> None:
