@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from preference_tuning.config import RunConfig
     from preference_tuning.registry.folder import FolderRegistry
 
 # Before anything imports them: no telemetry, and only what matters on the screen.
@@ -135,7 +136,7 @@ def _add_registry(commands: Any) -> None:
 
 def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     """Add what only some verbs of `registry` have."""
-    if name in ("list", "show"):
+    if name in ("list", "show", "verify"):
         verb.add_argument("--json", action="store_true", help="print one JSON document")
     if name == "promote":
         text = "promote it against its verdict; the reason is kept in the history"
@@ -147,6 +148,19 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "gc":
         verb.add_argument("--keep", type=int, default=5, metavar="N", help="how many of the last ones stay (5)")
         verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    if name == "export":
+        _add_export(verb)
+
+
+def _add_export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--as", dest="form", required=True, choices=("merged", "gguf", "ollama"), help="what it becomes")
+    verb.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder for it")
+    text = "bf16 (merged), f16 (gguf, ollama), f32, q8_0, or such as q4_k_m where llama-quantize was built"
+    verb.add_argument("--outtype", metavar="TYPE", help=text)
+    text = "llama.cpp, with its convert_hf_to_gguf.py; without it LLAMA_CPP_DIR"
+    verb.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=text)
+    text = "a Go template for Ollama, instead of the one that renders as the model's own"
+    verb.add_argument("--template", type=Path, metavar="FILE", help=text)
 
 
 def _add_track(commands: Any) -> None:
@@ -234,47 +248,88 @@ def registry(options: argparse.Namespace) -> None:
     loaded = config.load(options.config, options.set).config if options.config else None
     from preference_tuning.registry.folder import FolderRegistry
 
-    if options.verb == "push":
-        return registry_push(options, loaded)
-    verb = {"list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "gc": _gc}[options.verb]
-    registry = FolderRegistry(loaded.registry if loaded else config.RegistryConfig())
-    print(verb(registry, options))
-    if options.verb in ("promote", "rollback", "gc"):
-        from pipelines.models import follow
-
-        follow(registry)
+    verbs = {
+        "list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "verify": _verify, "push": _push,
+        "export": _export, "gc": _gc,
+    }  # fmt: skip
+    verbs[options.verb](options, FolderRegistry(loaded.registry if loaded else config.RegistryConfig()), loaded)
 
 
-def _list(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+def _list(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
     from preference_tuning.registry import shown
 
-    return json.dumps(shown.overview(registry), indent=2) if options.json else shown.table(registry)
+    print(json.dumps(shown.overview(registry), indent=2) if options.json else shown.table(registry))
 
 
-def _show(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+def _show(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
     from preference_tuning.registry import shown
 
-    if options.json:
-        return json.dumps(shown.document(registry, options.version), indent=2)
-    return shown.screen(registry, options.version)
+    told = shown.document(registry, options.version) if options.json else None
+    print(json.dumps(told, indent=2) if told else shown.screen(registry, options.version))
 
 
-def _promote(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+def _promote(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
     from preference_tuning.registry import operations
 
-    return operations.promote(registry, options.version, options.despite)
+    print(operations.promote(registry, options.version, options.despite))
+    _follow(registry)
 
 
-def _rollback(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+def _rollback(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
     from preference_tuning.registry import operations
 
-    return operations.rollback(registry, options.reason)
+    print(operations.rollback(registry, options.reason))
+    _follow(registry)
 
 
-def _gc(registry: "FolderRegistry", options: argparse.Namespace) -> str:
+def _gc(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
     from preference_tuning.registry import collecting
 
-    return str(collecting.collect(registry, options.keep, options.dry_run))
+    print(collecting.collect(registry, options.keep, options.dry_run))
+    if not options.dry_run:
+        _follow(registry)
+
+
+def _follow(registry: "FolderRegistry") -> None:
+    """Bring ZenML's model versions to what the registry says now."""
+    from pipelines.models import follow
+
+    follow(registry)
+
+
+def _verify(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
+    from preference_tuning.registry import roundtrip
+
+    found = roundtrip.verify(registry, options.version, loaded, _output_dir(loaded))
+    print(json.dumps(found.document(), indent=2) if options.json else found)
+    sys.exit(1 if found.problems else 0)
+
+
+def _push(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
+    from preference_tuning.errors import ConfigError
+
+    if loaded is None or not loaded.registry.push:
+        raise ConfigError("registry push: --config CONFIG names a run config whose registry.push says where to")
+    _give_secrets(loaded.registry)
+    from preference_tuning.registry.pushing import report, targets
+
+    version, receipts = targets.push(loaded, options.version, _output_dir(loaded), options.again)
+    print(report.render(receipts) or f"version {version} is not the champion, and no target takes every version")
+    report.raise_failed(version, receipts)
+
+
+def _export(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
+    from preference_tuning.registry import export
+
+    where = (options.form, options.to, loaded, _output_dir(loaded))
+    folder = export.export(registry, options.version, *where, options.outtype, options.llama_cpp, options.template)
+    print(f"{options.form} of {options.version}: {folder}")
+
+
+def _output_dir(loaded: "RunConfig | None") -> Path:
+    from preference_tuning.config import RunConfig
+
+    return Path(str(loaded.output_dir if loaded else RunConfig.model_fields["output_dir"].default)).expanduser()
 
 
 def schedule(options: argparse.Namespace) -> None:
@@ -310,20 +365,6 @@ def track(options: argparse.Namespace) -> None:
     root = options.folder / "tracking"
     for line in overview.listing(root) if options.verb == "list" else overview.upload(root, options.runs):
         print(line)
-
-
-def registry_push(options: argparse.Namespace, loaded: Any) -> None:
-    """Push a version to the targets of the config; exit code 1 if one failed."""
-    from preference_tuning.errors import ConfigError
-
-    if loaded is None or not loaded.registry.push:
-        raise ConfigError("registry push: --config CONFIG names a run config whose registry.push says where to")
-    _give_secrets(loaded.registry)
-    from preference_tuning.registry.pushing import report, targets
-
-    version, receipts = targets.push(loaded.registry, options.version, Path(loaded.output_dir), options.again)
-    print(report.render(receipts) or f"version {version} is not the champion, and no target takes every version")
-    report.raise_failed(version, receipts)
 
 
 def _give_secrets(section: Any) -> None:

@@ -148,7 +148,7 @@ def _registry(config: RunConfig) -> str:
 def _pushes(config: RunConfig) -> str:
     """Ask every target, so that all that is wrong is told at once."""
     told, wrong = [], []
-    for target in targets.of(config.registry):
+    for target in targets.of(config):
         try:
             told.append(target.check())
         except ConfigError as error:

@@ -16,7 +16,7 @@ def push(version: str, registry: RegistryConfig) -> None:
     """Try every target, show the receipts, and fail if one failed."""
     run = current_run()
     give_secrets(registry)
-    _, receipts = targets.push(registry, version, run.output_dir)
+    _, receipts = targets.push(run.config, version, run.output_dir)
     if receipts:
         log_metadata(report.metadata(receipts))
         # Saved here and not returned: a step that fails returns nothing.

@@ -398,10 +398,12 @@ def test_every_single_change_is_named(
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """Return the exit code of ``run.py evaluate`` and what it printed."""
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str, verb: str = "evaluate"
+) -> tuple[int, str]:
+    """Return the exit code of a command of ``run.py`` and what it printed."""
     monkeypatch.setattr(interruption, "watch", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["run.py", "evaluate", *words])
+    monkeypatch.setattr(sys, "argv", ["run.py", verb, *words])
     capsys.readouterr()
     try:
         command_line.main()

@@ -20,10 +20,11 @@ from preference_tuning.evaluation.judge import Calibration, Judged
 from preference_tuning.evaluation.metrics import BASE, CHAMPION, Figures
 from preference_tuning.evaluation.statistics import Figure
 
-SCORES, ANSWERS, GENERAL, JUDGED, TASKS = (
-    "scores.parquet", "answers.parquet", "general.parquet", "judged.json", "lm_eval.json",
+SCORES, ANSWERS, GENERAL, JUDGED, TASKS, PROBES = (
+    "scores.parquet", "answers.parquet", "general.parquet", "judged.json", "lm_eval.json", "probes.json",
 )  # fmt: skip
-FILES = (SCORES, ANSWERS, GENERAL, JUDGED, TASKS)
+FILES = (SCORES, ANSWERS, GENERAL, JUDGED, TASKS, PROBES)
+"""What was measured, each tied to the verdict by its hash; no figure comes from the probes (``evaluation.probes``)."""
 UNSEEN = "new_to_champion"
 """Column of the score table: whether the champion was not trained on the pair or on another of its prompt."""
 

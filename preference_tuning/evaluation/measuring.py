@@ -15,7 +15,17 @@ from preference_tuning import jobs
 from preference_tuning.config import JudgeConfig
 from preference_tuning.data import sides
 from preference_tuning.data.table import SPLIT
-from preference_tuning.evaluation import deciding, differences, general, generation, harness, judge, report, scores
+from preference_tuning.evaluation import (
+    deciding,
+    differences,
+    general,
+    generation,
+    harness,
+    judge,
+    probes,
+    report,
+    scores,
+)
 from preference_tuning.evaluation import job as jobs_of_evaluation
 from preference_tuning.evaluation.deciding import Judgement, Measured
 from preference_tuning.evaluation.generation import Answer
@@ -118,6 +128,14 @@ class Measuring:
             unseen = sides.new_to(self.job.scored_champion.split, pairs["group"])
             table = table.append_column(deciding.UNSEEN, [unseen])
         scores.write(table, self.evidence / deciding.SCORES)
+        self._keep_probes(pairs, table)
+
+    def _keep_probes(self, tokens: Any, table: Any) -> None:
+        """Write the pairs by which the candidate is known again, wherever it is loaded."""
+        pairs = rows.in_order(self.job.data / "held_out.arrow")
+        base = self.base
+        kept = probes.pick(tokens, pairs, table, self.job.terms.candidate, base.tokenizer, base.compute)
+        jobs.write_json(self.evidence / deciding.PROBES, kept.model_dump(mode="json"))
 
     @cached_property
     def _asked(self) -> list[dict[str, Any]]:

@@ -56,6 +56,7 @@ def load_base(
     compute: Compute,
     full: bool = False,
     tuned: Path | None = None,
+    tokenizer: chat.Tokenizer | None = None,
 ) -> Base:
     """Load the frozen base model in its working precision, and give this process its number of threads.
 
@@ -66,6 +67,7 @@ def load_base(
         compute: what it runs on.
         full: keep the weights in fp32, for training all of them and for comparison with models trained so.
         tuned: the folder of a policy; a full model there is loaded in place of the base model, also in fp32.
+        tokenizer: that goes with the weights; None: the base model's, with the chat template of the config.
 
     Raises:
         ConfigError: the backend or the model's files do not allow it.
@@ -85,7 +87,9 @@ def load_base(
         parameter.requires_grad_(False)
     if compute.dtype == "bfloat16":
         _keep_residual_in_fp32(model)
-    return Base(model, load_tokenizer(config, source, output_dir), compute, config, tuned)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config, source, output_dir)
+    return Base(model, tokenizer, compute, config, tuned)
 
 
 def _load_with_transformers(config: BaseModelConfig, folder: Path, compute: Compute, kept_in: torch.dtype) -> nn.Module:

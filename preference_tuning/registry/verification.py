@@ -34,6 +34,11 @@ class Verification:
     """What was looked at, each with what is wrong with it, and what a reader should know beside."""
 
     title: str
+    version: Version
+    model: Path
+    """Its folder."""
+    evaluation: Path
+    """The evidence of the verdict."""
     checks: list[tuple[str, list[str]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -41,6 +46,12 @@ class Verification:
     def problems(self) -> list[str]:
         """Everything that is wrong."""
         return [problem for _, problems in self.checks for problem in problems]
+
+    def document(self) -> dict[str, Any]:
+        """Return it for a program to read."""
+        checks = [{"name": name, "problems": problems} for name, problems in self.checks]
+        told = {"version": self.version.id, "decision": self.version.verdict.decision, "title": self.title}
+        return {**told, "holds": not self.problems, "checks": checks, "notes": self.notes}
 
     def __str__(self) -> str:
         lines = [self.title]
@@ -97,7 +108,8 @@ def verify(registry: FolderRegistry, name: str) -> Verification:
         raise PreferenceTuningError(f"registry: what is stored of {version} cannot be read: {_line(error)}") from None
     verdict = decided.verdict
     title = f"version {version} of {registry.name}, verdict {verdict.decision}: {verdict.reason}"
-    found = Verification(title, [("files of the version", decided.files)])
+    files = [("files of the version", decided.files)]
+    found = Verification(title, decided.version, decided.model, decided.evaluation, files)
     for what, look in _LOOKS.items():
         try:
             found.checks.append((what, list(look(decided))))

@@ -1,27 +1,41 @@
 """The services that versions are pushed to, a module for each; each module is the only one that knows its service."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from preference_tuning.config import CometPush, HuggingFacePush, PushTarget, RegistryConfig
+from preference_tuning.config import CometPush, HuggingFacePush, PushTarget, RegistryConfig, RunConfig
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.registry import pushing
 from preference_tuning.registry.folder import FolderRegistry
-from preference_tuning.registry.pushing import Receipt, Target
+from preference_tuning.registry.pushing import Bundle, Receipt, Target
 
 FOLDER = "pushes"
 """Of ``output_dir``: what has to be made for pushes."""
 
 
-def of(config: RegistryConfig) -> list[Target]:
+def of(config: RunConfig) -> list[Target]:
     """Return the targets of a config, in its order; their libraries are imported when they are used."""
-    return [_target(entry, config) for entry in config.push]
+    return [_target(entry, config.registry, _Merging(config)) for entry in config.registry.push]
 
 
-def _target(entry: PushTarget, config: RegistryConfig) -> Target:
+@dataclass(frozen=True)
+class _Merging:
+    """Makes merged models, on the base model where the config says it is."""
+
+    config: RunConfig
+
+    def __call__(self, bundle: Bundle, folder: Path) -> Path:
+        from preference_tuning.registry.export import merged
+
+        output_dir = Path(self.config.output_dir).expanduser()
+        return merged(bundle.folder.parent, self.config.base_model, folder, output_dir)
+
+
+def _target(entry: PushTarget, config: RegistryConfig, merge: _Merging) -> Target:
     if isinstance(entry, HuggingFacePush):
         from preference_tuning.registry.pushing.targets.huggingface import HuggingFaceTarget
 
-        return HuggingFaceTarget(entry, config)
+        return HuggingFaceTarget(entry, config, merge)
     if isinstance(entry, CometPush):
         from preference_tuning.registry.pushing.targets.comet import CometTarget
 
@@ -31,7 +45,7 @@ def _target(entry: PushTarget, config: RegistryConfig) -> Target:
     return MLflowTarget(entry, config)
 
 
-def push(config: RegistryConfig, name: str, output_dir: Path, again: bool = False) -> tuple[str, list[Receipt]]:
+def push(config: RunConfig, name: str, output_dir: Path, again: bool = False) -> tuple[str, list[Receipt]]:
     """Push a version to the targets of a config that take it; return its id and the receipts.
 
     Args:
@@ -43,7 +57,7 @@ def push(config: RegistryConfig, name: str, output_dir: Path, again: bool = Fals
     Raises:
         PreferenceTuningError: there is no such version, or it cannot be pushed at all.
     """
-    registry = FolderRegistry(config)
+    registry = FolderRegistry(config.registry)
     version = registry.find(name)
     if version is None:
         raise PreferenceTuningError(f"registry: no version {name!r} of {registry.name!r} in {registry.place}")
