@@ -17,7 +17,7 @@ import pytest
 from hub_server import Hub, Repo, token
 
 from preference_tuning import config
-from preference_tuning.config import HuggingFacePush, RegistryConfig
+from preference_tuning.config import HuggingFacePush, RegistryConfig, RunConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.registry import pushing
@@ -477,10 +477,11 @@ def test_two_processes_push_at_once(hub: Hub, bench: Bench) -> None:
     script = """
 import sys
 from pathlib import Path
-from preference_tuning.config import HuggingFacePush, RegistryConfig
+from preference_tuning.config import HuggingFacePush, RegistryConfig, RunConfig
 from preference_tuning.registry.pushing import targets
 entry = HuggingFacePush(to="huggingface", repo_id="me/model")
-config = RegistryConfig(folder=sys.argv[1], name="m", push=(entry,))
+registry = RegistryConfig(folder=sys.argv[1], name="m", push=(entry,))
+config = RunConfig.model_validate({"base_model": {"source": "x"}, "data": {"source": "y"}, "registry": registry})
 _, [receipt] = targets.push(config, "champion", Path(sys.argv[2]))
 print(receipt.state, receipt.reason)
 """
@@ -607,10 +608,10 @@ def test_the_clients_own_settings_are_left_as_they_were(hub: Hub, bench: Bench) 
 # --- config ---------------------------------------------------------------------------------------------------------
 
 
-def loaded(path: Path, push: str) -> RegistryConfig:
+def loaded(path: Path, push: str) -> RunConfig:
     text = "parameters:\n  base_model: {source: x}\n  data: {source: y}\n  registry:\n    push:\n"
     path.write_text(text + push)
-    return config.load(path).config.registry
+    return config.load(path).config
 
 
 def test_targets_come_from_the_config(tmp_path: Path) -> None:
