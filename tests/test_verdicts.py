@@ -19,6 +19,7 @@ import pytest
 import yaml
 from conftest import preference_rows, tiny_parameters
 from in_process import Lab
+from registries import s3, use
 from test_judge import Read, endpoint, say, the_first
 
 import run as command_line
@@ -27,8 +28,8 @@ from preference_tuning.config import RegistryConfig
 from preference_tuning.errors import ConfigError, DataError, OvertakenError, PreferenceTuningError
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation.job import Evaluation
-
 from preference_tuning.registry import result, summary, verification, versions
+from preference_tuning.registry.champion import to_beat
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.registry.result import Registered, Result
 
@@ -221,6 +222,22 @@ def test_a_rollback_is_not_undone_by_the_same_run(history: History, tmp_path: Pa
     assert registered.taken_back
     assert "answers in Latin" in registered.metadata()["taken_back"]
     assert "not promoted: it was taken back on" in summary.render(again, registered)
+
+
+def test_a_registry_in_an_object_store(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is stored there, is the champion, is found again from another machine, and is what the next has to beat."""
+    with s3() as address:
+        config = RegistryConfig(folder=use(address, monkeypatch, tmp_path))
+        first = result.register(history.rival_trained, config)
+        assert first.promoted
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+        registry = FolderRegistry(config)
+        assert str(verification.verify(registry, "champion")).splitlines()[-1] == "holds"
+        champion = to_beat(registry, "another")
+        assert champion is not None
+        assert champion.folder.is_relative_to(tmp_path / "another machine")
+        run = history.lab.config(**history.on("right"), registry={"folder": config.folder})
+        assert f"version {first.version.id}" in assessment.assess("champion", run)
 
 
 # --- what else is measured ------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from preference_tuning import fingerprint, jobs
 from preference_tuning.errors import ConfigError, PreferenceTuningError, TransientError
 from preference_tuning.registry.storage import checked
