@@ -124,8 +124,8 @@ def test_several_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     one_more = write_jsonl(tmp_path / "again" / "one.jsonl", [{**PLAIN[0], "chosen": None}, *PLAIN[1:]])
     config = DataConfig(sources=({"source": str(one)}, {"source": str(one_more)}), held_out=0.2)  # type: ignore[arg-type]
     both = prepare.prepare(config, job.fingerprints_of(config), tmp_path / "both")
-    assert [source.name for source in both.manifest.sources] == [str(one), str(one_more)]
-    assert quarantine(both) == [(f"{one_more} line 1", "missing")]
+    assert [source.name for source in both.manifest.sources] == ["one.jsonl (1)", "one.jsonl (2)"]
+    assert quarantine(both) == [("one.jsonl (2) line 1", "missing")]
 
     half, more = mixed(0.5), mixed(0.8)
     assert half.manifest.by_source["one.jsonl"] == 200

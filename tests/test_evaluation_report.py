@@ -20,7 +20,9 @@ from preference_tuning.evaluation.generation import KINDS, Answer
 from preference_tuning.evaluation.job import Evaluation, Sample
 from preference_tuning.evaluation.judge import Calibration, Cost, Judged, Opinion, measures
 from preference_tuning.evaluation.statistics import Figure
+from preference_tuning.models.source import ModelSource
 from preference_tuning.registry import card
+from preference_tuning.reports.markdown import plain
 
 PAIRS = 60
 REFERENCES = {"sft": "base", "dpo": "sft", "champion": "base"}
@@ -310,15 +312,20 @@ def test_the_card_tells_verdict_figures_and_what_got_worse(full: tuple[Evaluatio
     evaluation = full[0].model_copy(deep=True)
     for figures in evaluation.models.values():
         figures["lm_eval/a|b/acc"] = Figure.exact(0.25)
-    manifest: Any = SimpleNamespace(train=9, source="rows.jsonl", fingerprint="f")
-    text = card.render(BaseModelConfig(source="m"), evaluation, evaluation.verdict, {}, manifest, "tuned", True)
-    assert f"Verdict: **hold** ({evaluation.verdict.reason})." in text
+    manifest: Any = SimpleNamespace(train=9, held_out=9, source="rows.jsonl", fingerprint="f", split_fingerprint="s")
+    told = card.Card(
+        name="tuned", adapter=True, base_model=BaseModelConfig(source="m"), licence=None, languages=[], datasets=[],
+        source=ModelSource(kind="directory", location="m", fingerprint="b"), manifest=manifest, records={},
+        evaluation=evaluation, verdict=evaluation.verdict, software={}, links={}, charts=[],
+    )  # fmt: skip
+    text = card.render(told)
+    assert f"Verdict: **hold** ({plain(evaluation.verdict.reason)})." in text
     assert evaluation.seal in text
     assert "| figure | base | sft | dpo | champion v1 |\n|---|---|---|---|---|" in text
-    assert all(f"- {sentence}" in text for sentence in evaluation.worse)
+    assert all(f"- {plain(sentence)}" in text for sentence in evaluation.worse)
     assert "rose" in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    table = [line for line in text.partition("## Figures")[2].partition("##")[0].splitlines() if line.startswith("|")]
     assert len(table) < 20, "readable"
     assert {len(re.split(r"(?<!\\)\|", line)) for line in table} == {7}
     (row,) = [line for line in table if "(`nll/chosen`)" in line]
-    assert str(evaluation.models["dpo"]["nll/chosen"]) in row
+    assert plain(evaluation.models["dpo"]["nll/chosen"]) in row

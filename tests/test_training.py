@@ -206,7 +206,7 @@ def test_the_published_adapter_sits_on_the_original_base(run: tuple[RunConfig, D
 
     settings = json.loads((dpo.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["target_modules"] == sorted(settings["target_modules"])
-    assert settings["base_model_name_or_path"] == run[0].base_model.source
+    assert settings["base_model_name_or_path"] == Path(run[0].base_model.source).name
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(run[0].base_model.source, dtype=torch.float32), str(dpo.adapter)
     )
