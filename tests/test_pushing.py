@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -349,8 +350,6 @@ def test_what_does_not_pass_fails_in_bounded_time_and_is_continued(
     receipt = bench.push(version)
     assert receipt.state == "failed"
     assert receipt.reason is not None
-    import re
-
     assert re.search(told, receipt.reason), receipt.reason
     assert sum(waits) <= 300
     assert bench.registry.verify(version) == []
@@ -603,6 +602,65 @@ def test_the_clients_own_settings_are_left_as_they_were(hub: Hub, bench: Bench) 
     before = (_http._GLOBAL_CLIENT_FACTORY, are_progress_bars_disabled(), logging.get_verbosity())
     bench.push(bench.publish())
     assert (_http._GLOBAL_CLIENT_FACTORY, are_progress_bars_disabled(), logging.get_verbosity()) == before
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_continues_what_is_missing(hub: Hub, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    import run
+
+    def command(*words: str) -> str:
+        options = run._parser().parse_args(["registry", "push", *words])
+        options.command(options)
+        return capsys.readouterr().out
+
+    config = bench.folder / "run.yaml"
+    text = f"""
+parameters:
+  base_model: {{source: x}}
+  data: {{source: y}}
+  output_dir: {bench.folder}
+  registry:
+    folder: {bench.registry.root}
+    name: m
+    push:
+      - {{to: huggingface, repo_id: me/one}}
+      - {{to: huggingface, repo_id: me/other}}
+"""
+    config.write_text(text)
+    champion, other = bench.publish(), bench.publish("other", promote=False)
+    hub.fail("put", 507)
+    with pytest.raises(
+        PreferenceTuningError, match=r"1 of 2 pushes failed:\n  huggingface:me/one: PUT .*507"
+    ) as failed:
+        command("--config", str(config))
+    assert failed.value.exit_code == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["not", "pushed"]
+    told = command("--config", str(config)).splitlines()
+    assert [line.partition(", ")[0] for line in told] == [
+        f"pushed     huggingface:me/{name}: url {hub.endpoint}/me/{name}" for name in ("one", "other")
+    ]
+    hub.requests.clear()
+    assert command(champion[:6], "--config", str(config)).splitlines() == told
+    assert hub.requests == []
+    command("--again", "--config", str(config))
+    assert hub.requests
+    assert hub.writes() == []
+    assert "is not the champion, and no target takes every version" in command(other, "--config", str(config))
+    with pytest.raises(PreferenceTuningError, match="no version 'nothing'"):
+        command("nothing", "--config", str(config))
+    with pytest.raises(ConfigError, match=r"names a run config whose registry\.push says where to"):
+        command()
+    page = report.page(champion, [receipt_of(bench, champion, "me/one")])
+    assert "huggingface:me/one" in page
+    assert list(report.metadata([receipt_of(bench, champion, "me/one")])) == ["huggingface me/one"]
+
+
+def receipt_of(bench: Bench, version: str, repo: str) -> Receipt:
+    found = pushing.receipt(bench.registry, version, f"huggingface:{repo}")
+    assert found is not None
+    return found
 
 
 # --- config ---------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ PROVED_BY = {
     "registry.push.repo_id": "test_pushing.py::test_a_champion_arrives_as_main_and_under_a_tag",
     "registry.push.to": "test_pushing.py::test_mistakes_in_targets_have_their_line",
     "registry.push.token_env": "test_pushing.py::test_a_token_that_is_none",
-    "registry.push.token_secret": "test_pipeline.py::test_a_push_is_part_of_the_run_and_is_finished_later",
+    "registry.push.token_secret": "test_pipeline.py::test_a_push_is_part_of_the_run_and_is_finished_by_the_next",
     "registry.push.tracking_uri": "test_pushing.py::test_targets_that_share_a_place_are_refused",
     "registry.push.when": "test_pushing.py::test_a_version_that_is_not_promoted_leaves_main_alone",
     "tracking.mode": "test_tracking.py::test_the_mode_follows_the_key",
