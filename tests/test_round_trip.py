@@ -18,7 +18,7 @@ from in_process import Lab
 from safetensors.torch import load_file, save_file
 from test_verdicts import command, mend, rewrite
 
-from preference_tuning.config import RegistryConfig
+from preference_tuning.config import RegistryConfig, RunConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation import probes as probes_of
 from preference_tuning.models import merging
@@ -44,6 +44,11 @@ class Published:
     @property
     def id(self) -> str:
         return self.registered.version.id
+
+    @property
+    def config(self) -> RunConfig:
+        """The config that says where the base model is."""
+        return self.lab.config(**self.changes)
 
     def copy(self, folder: Path) -> tuple[FolderRegistry, Path]:
         """Return a copy of the registry, and the folder of its version."""
@@ -72,7 +77,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Ite
 @pytest.mark.parametrize("which", [*PRECISIONS, "full"])
 def test_what_was_published_computes_what_was_measured(published: dict[str, Published], which: str) -> None:
     made = published[which]
-    found = roundtrip.verify(made.lab.registry, made.id[:6], None, made.outputs)
+    found = roundtrip.verify(made.lab.registry, made.id[:6], made.config, made.outputs)
     assert str(found).splitlines()[-1] == "holds", str(found)
     assert [name for name, _ in found.checks][-2:] == [roundtrip.TEXT, roundtrip.NUMBERS]
     assert len(found.checks) == 12, "the ten of the verdict as well"
@@ -128,7 +133,7 @@ def test_what_was_forged_with_its_manifest_is_named(
     registry, version = published[which].copy(tmp_path)
     change(version)
     mend(version)
-    found = roundtrip.verify(registry, "champion", None, tmp_path)
+    found = roundtrip.verify(registry, "champion", published[which].config, tmp_path)
     assert found.checks[0] == ("files of the version", []), "the forger was careful"
     assert told in str(found), str(found)
     assert found.problems
@@ -139,7 +144,7 @@ def test_changed_probes_are_not_what_was_decided_on(published: dict[str, Publish
     registry, version = published["float32"].copy(tmp_path)
     rewrite(version / PROBES, lambda probes: probes["probes"][0]["chosen_logps"].__setitem__(0, float("-1.5")))
     mend(version)
-    told = str(roundtrip.verify(registry, "champion", None, tmp_path))
+    told = str(roundtrip.verify(registry, "champion", published["float32"].config, tmp_path))
     assert "changed  what was measured: probes.json is not what was decided on" in told
     assert f"changed  {roundtrip.NUMBERS}" in told
 
@@ -225,7 +230,7 @@ def test_a_merged_model_is_the_version_in_16_bits(published: dict[str, Published
 
     made = published["float32"]
     version = made.lab.registry.path(made.id)
-    folder = export.merged(version, None, tmp_path / "merged", made.outputs)
+    folder = export.merged(version, made.config.base_model, tmp_path / "merged", made.outputs)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert tokenizer.eos_token_id in torch.tensor([model.generation_config.eos_token_id]).flatten()
@@ -244,17 +249,17 @@ def test_a_merged_model_is_the_version_in_16_bits(published: dict[str, Published
     assert "base_model_relation: finetune" in (folder / "README.md").read_text()
     # The same again is found finished, and something else is not overwritten.
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert export.merged(version, None, folder, made.outputs) == folder
+    assert export.merged(version, made.config.base_model, folder, made.outputs) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="holds something else"):
-        export.merged(version, None, folder, made.outputs, "f32")
+        export.merged(version, made.config.base_model, folder, made.outputs, "f32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
 def test_a_model_trained_whole_is_only_rounded(published: dict[str, Published], tmp_path: Path) -> None:
     made = published["full"]
     version = made.lab.registry.path(made.id)
-    folder = export.merged(version, None, tmp_path / "whole", made.outputs)
+    folder = export.merged(version, made.config.base_model, tmp_path / "whole", made.outputs)
     before, after = (load_file(place / "model.safetensors") for place in (version / "model", folder))
     assert before.keys() == after.keys()
     assert all(torch.equal(weight.bfloat16(), after[name]) for name, weight in before.items())
@@ -272,11 +277,11 @@ def test_a_merged_model_that_computes_something_else_is_not_put_in_place(
     with monkeypatch.context() as patch:
         patch.setattr(merging, "_whole", forget)
         with pytest.raises(PreferenceTuningError, match=r"the merged model is not the version: largest difference"):
-            export.merged(version, None, tmp_path / "merged", made.outputs)
+            export.merged(version, made.config.base_model, tmp_path / "merged", made.outputs)
     with monkeypatch.context() as patch:
         patch.setattr(merging.machine_memory, "of_machine", lambda: 1_000_000)
         with pytest.raises(PreferenceTuningError, match=r"merging needs 0\.0 GB of memory"):
-            export.merged(version, None, tmp_path / "merged", made.outputs)
+            export.merged(version, made.config.base_model, tmp_path / "merged", made.outputs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -291,7 +296,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> llama_cpp.LlamaCpp:
 
 
 def run_export(made: Published, form: Any, folder: Path, llama: llama_cpp.LlamaCpp, **how: Any) -> Path:
-    return export.export(made.lab.registry, made.id, form, folder, None, made.outputs, llama_cpp=llama.folder, **how)
+    return export.export(
+        made.lab.registry, made.id, form, folder, made.config, made.outputs, llama_cpp=llama.folder, **how
+    )
 
 
 def test_a_gguf_file_with_a_modelfile(
