@@ -44,11 +44,16 @@ KILLED = 9
 _servers: list[str] = []
 
 
+def write_weights(folder: Path, text: str) -> None:
+    """Write a file of weights that are the bytes of a text."""
+    save_file({"weight": np.frombuffer(text.encode(), np.uint8)}, folder / "adapter_model.safetensors")
+
+
 def model(folder: Path, weights: str = "w") -> Path:
     """Write what stands for a model; other weights make another version."""
     if not folder.exists():
         folder.mkdir(parents=True)
-        save_file({"weight": np.frombuffer(weights.encode(), np.uint8)}, folder / "adapter_model.safetensors")
+        write_weights(folder, weights)
         (folder / "adapter_config.json").write_text("{}")
     return folder
 

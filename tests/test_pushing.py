@@ -16,6 +16,7 @@ import hub_server
 import huggingface_hub
 import pytest
 from hub_server import Hub, Repo, token
+from registries import write_weights
 
 from preference_tuning import config
 from preference_tuning.config import HuggingFacePush, RegistryConfig, RunConfig
@@ -60,14 +61,16 @@ class Bench:
         if model is None:
             model = self.folder / f"model-{weights}"
             model.mkdir(parents=True, exist_ok=True)
-            (model / "adapter_model.safetensors").write_bytes(weights.encode() * 3000)
+            write_weights(model, weights * 3000)
             for name, text in {"adapter_config": "{}", "tokenizer": '{"v": 1}', **more}.items():
                 (model / f"{name}.json").write_text(text)
         facts: dict[str, Any] = {
             "finetuning_type": "dpo", "base_model": {"fingerprint": "x"}, "data": {}, "config": {}, "code": "c",
             "metrics": {}, "verdict": Verdict(decision="promote", candidate="dpo", rules=[]), "run": {},
         }  # fmt: skip
-        version = self.registry.publish(model, {}, f"---\nlibrary_name: peft\n---\n# {weights}\n", facts).id
+        version = self.registry.publish(
+            model, {}, {"README.md": f"---\nlibrary_name: peft\n---\n# {weights}\n"}, facts
+        ).id
         if promote:
             self.registry.promote(version)
         return version
@@ -682,7 +685,7 @@ def test_targets_come_from_the_config(tmp_path: Path) -> None:
     assert target.settings == {
         "endpoint": "https://huggingface.co", "repo_id": "Me/x", "private": True, "contents": "both",
     }  # fmt: skip
-    assert [tuple(secret) for secret in found.secrets()] == [
+    assert [tuple(secret) for secret in found.registry.secrets()] == [
         ("registry.push.0.token_secret", "hub", "token", "HF_TOKEN")
     ]
 

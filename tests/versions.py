@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from registries import write_weights
+
 from preference_tuning.evaluation.gate import Verdict
 from preference_tuning.registry.folder import FolderRegistry
 
@@ -27,7 +29,7 @@ def publish(registry: FolderRegistry, folder: Path, weights: str = "w", decision
     model, evidence = folder / f"model-{weights[:8]}", folder / "evidence"
     for part in (model, evidence):
         part.mkdir(parents=True, exist_ok=True)
-    (model / "adapter_model.safetensors").write_text(weights)
+    write_weights(model, weights)
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (model / "tokenizer").mkdir(exist_ok=True)
     (model / "tokenizer" / "chat_template.jinja").write_text("{{ messages }} \u00fc\n")
@@ -42,4 +44,4 @@ def publish(registry: FolderRegistry, folder: Path, weights: str = "w", decision
         "verdict": Verdict(decision=decision, candidate="dpo", rules=[]),
         "run": {"zenml_run": "run-1", "zenml_run_id": "a" * 32, "comet_experiment": "e" * 32},
     }
-    return registry.publish(model, {"evaluation": evidence}, CARD, {**given, **facts}).id
+    return registry.publish(model, {"evaluation": evidence}, {"README.md": CARD}, {**given, **facts}).id

@@ -46,13 +46,13 @@ class MLflowTarget:
 
     @property
     def key(self) -> str:
-        """Where it is, without a password."""
-        return f"mlflow:{_without_password(self._uri)}#{self._name}"
+        """Where it is."""
+        return f"mlflow:{self._uri}#{self._name}"
 
     @property
     def settings(self) -> dict[str, object]:
         """What decides on what arrives there."""
-        return {"name": self._name, "tracking_uri": _without_password(self._uri)}
+        return {"name": self._name, "tracking_uri": self._uri}
 
     def check(self) -> str:
         """Look whether MLflow is installed and its registry can be opened; nothing is made there.
@@ -180,7 +180,7 @@ class MLflowTarget:
 
     @property
     def _where(self) -> str:
-        return _without_password(self._uri)
+        return self._uri
 
     def _file(self) -> Path:
         """Return the file of an sqlite address.
@@ -245,9 +245,3 @@ def _may_pass(error: BaseException) -> bool:
 
 def _line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _without_password(uri: str) -> str:
-    # Not put together again by urllib, which drops slashes of sqlite:////path.
-    netloc = urlsplit(uri).netloc
-    return uri.replace(netloc, netloc.rpartition("@")[2], 1) if "@" in netloc else uri
