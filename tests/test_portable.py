@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, preference_rows, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from test_unfinished import COMET, job
+from test_unfinished import job
 
 from preference_tuning import config, events, fingerprint
 from preference_tuning.config import (
@@ -107,7 +107,7 @@ def test_the_same_work_elsewhere_is_the_same_job(tmp_path: Path) -> None:
             base_model=data.tokens.base_model, source=data.tokens.source, data=folder, data_fingerprint="d",
             config=EvaluationConfig(lm_eval=HarnessConfig(tasks=("t",), include_path=str(folder / "tasks"))),
             adapters={"sft": folder}, adapter_hashes={"sft": "h"}, beta=0.1, max_length=64, max_prompt_length=None,
-            keep_end=False, output_dir=folder, comet=COMET,
+            keep_end=False, output_dir=folder,
         )  # fmt: skip
         assert str(tmp_path) not in json.dumps([training.identity(), evaluation.identity(), data.identity()])
         assert str(tmp_path) not in evaluation.terms.model_dump_json()
