@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from comet_server import KEY, CometServer
 
-from preference_tuning import jobs
-from preference_tuning.config import TrackingConfig
+from preference_tuning import fingerprint, jobs, preflight
+from preference_tuning.config import RunConfig, TrackingConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.jobs import starter
 from preference_tuning.tracking import account, delivery, guard, overview, recording, sending
@@ -157,6 +157,12 @@ def test_a_growing_spool_is_read_once_and_a_new_one_from_its_beginning(tmp_path:
     assert follower.news(path) == points(3)
 
 
+def test_jobs_know_the_spool_and_nothing_of_comet() -> None:
+    for job in ("training", "evaluation", "data"):
+        used = {path.name for path in fingerprint.sources(f"preference_tuning.{job}") if path.parent.name == "tracking"}
+        assert used <= {"__init__.py", "spool.py"}, job
+
+
 # --- what may be told -----------------------------------------------------------------------------------------------
 
 
@@ -212,6 +218,9 @@ def test_a_wrong_key_or_workspace_is_found_before_a_run(comet: CometServer, monk
     with pytest.raises(ConfigError, match="COMET_API_KEY: Comet does not accept this key") as refused:
         account.check(TrackingConfig())
     assert "canary" not in str(refused.value)
+    run = RunConfig.model_validate({"base_model": {"source": "m"}, "data": {"source": "rows.jsonl"}})
+    with pytest.raises(ConfigError, match="does not accept this key"):
+        preflight.check(run, only=("tracking",))
     assert comet.experiments == {}, "nothing was made in Comet"
 
 
