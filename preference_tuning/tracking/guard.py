@@ -3,9 +3,9 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+
+from preference_tuning.config import place
 
 SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 """In the name of an environment variable: its value is a secret."""
@@ -28,8 +28,7 @@ def scrub(text: str) -> str:
 
 def portable(text: str) -> str:
     """Return a setting or a fact as it may be told: addresses bare, and of places on this machine only the name."""
-    text = _URL.sub(lambda found: _bare(found.group()), scrub(text))
-    return PurePosixPath(text).name if text.startswith(("/", "~")) else text
+    return place.portable(_URL.sub(lambda found: place.portable(found.group()), scrub(text)))
 
 
 def flat(values: Any, name: str = "") -> dict[str, str]:
@@ -53,14 +52,3 @@ def _secrets() -> list[str]:
     found = {value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= SHORTEST}
     # The longest first: one may be a part of another. A path is where a secret lies.
     return sorted((value for value in found if not value.startswith("/")), key=len, reverse=True)
-
-
-def _bare(url: str) -> str:
-    """Return an address without user, password, query and, where it is one of this machine, without its folders."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return HIDDEN
-    host = parts.netloc.rpartition("@")[2]
-    path = parts.path if host else PurePosixPath(parts.path).name
-    return urlunsplit((parts.scheme, host, path, "", "")) if host else f"{parts.scheme}:{path}"
