@@ -15,6 +15,7 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
+from pipelines.recording import written_down
 from pipelines.runs import alive
 from preference_tuning import fingerprint, interruption, preflight
 from preference_tuning.config import (
@@ -24,6 +25,7 @@ from preference_tuning.config import (
     EvaluationConfig,
     LoraConfig,
     RegistryConfig,
+    RetrainConfig,
     RunConfig,
     SFTConfig,
     TrackingConfig,
@@ -59,6 +61,7 @@ def _training(
     evaluation: EvaluationConfig = EvaluationConfig(),
     registry: RegistryConfig = RegistryConfig(),
     tracking: TrackingConfig = TrackingConfig(),
+    retrain: RetrainConfig = RetrainConfig(),
 ) -> None:
     """Tune a base model on preference pairs; each parameter is a section of the run config."""
     # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
@@ -105,24 +108,28 @@ class CheckedPipeline(Pipeline):
     """A pipeline that reads its config with our loader first: ZenML ignores many unknown keys without a word."""
 
     output_dir = Path(str(RunConfig.model_fields["output_dir"].default))
+    run_config: RunConfig | None = None
+    commanded = False
+    """Whether a command runs it that writes down what becomes of it, and tells of failures."""
 
     def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
         """Check the config and what it points to, then let ZenML apply it."""
-        with told():
+        with told(self.commanded):
             config_path = kwargs.get("config_path")
             config = load(Path(config_path)).config if config_path else None
             if config:
                 print(preflight.check(config))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):
-                pipeline.output_dir = Path(config.output_dir)
+                pipeline.output_dir, pipeline.run_config = Path(config.output_dir), config
             return pipeline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
-        with told(), alive(self.name, self.output_dir) as extra:
+        config = None if self.commanded else self.run_config
+        with told(self.commanded), written_down(config) as ended, alive(self.name, self.output_dir) as extra:
             self.configure(extra=extra)
-            return super().__call__(*args, **kwargs)
+            return ended(super().__call__(*args, **kwargs))
 
 
 class _Unexplained(logging.Filter):
@@ -136,8 +143,8 @@ _unexplained = _Unexplained()
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Turn our errors, and signals, into a message and their exit code."""
+def told(by_caller: bool = False) -> Iterator[None]:
+    """Turn our errors, and signals, into a message and their exit code, unless that is the caller's part."""
     interruption.watch()
     for handler in (*logging.getLogger().handlers, *logging.getLogger("zenml").handlers):
         handler.addFilter(_unexplained)
@@ -145,7 +152,7 @@ def told() -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         known = find(error)
-        if known is None:
+        if known is None or by_caller:
             raise
         print(f"error: {known}", file=sys.stderr)
         raise SystemExit(known.exit_code) from None

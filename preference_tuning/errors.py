@@ -5,6 +5,7 @@
     |-- DataError                3   the preference data cannot be trained on
     |-- DivergedError            4   training left the healthy range; nothing is kept of it
     |-- InterruptedJobError     75   stopped from outside; the same command continues
+    |-- AlreadyRunningError     75   the same work is being done by another process; the same command works later
     |-- TransientError           1   a network, a service or another process failed; jobs try again
     `-- OutOfMemoryError         1   a batch did not fit; training jobs try again with smaller pieces of it
 
@@ -46,6 +47,12 @@ class DivergedError(PreferenceTuningError):
 
 class InterruptedJobError(PreferenceTuningError):
     """A signal stopped a job; what it had done is kept."""
+
+    exit_code = 75
+
+
+class AlreadyRunningError(PreferenceTuningError):
+    """Another process does this work, and must not be disturbed."""
 
     exit_code = 75
 

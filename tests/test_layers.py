@@ -40,6 +40,7 @@ ROOMS = {
     "training": GROUND | {"data", "models", "tracking"},
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
+    "retraining": GROUND | {"data", "models", "evaluation", "registry"},
     "preflight": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
     "assessment": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry", "preflight"},

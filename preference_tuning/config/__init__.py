@@ -9,6 +9,7 @@ from preference_tuning.config.harness import HarnessConfig
 from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.registry import CometPush, HuggingFacePush, MLflowPush, PushTarget, RegistryConfig
+from preference_tuning.config.retrain import RetrainConfig
 from preference_tuning.config.schema import (
     BaseModelConfig,
     DPOConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "Problems",
     "PushTarget",
     "RegistryConfig",
+    "RetrainConfig",
     "RunConfig",
     "RunFile",
     "SFTConfig",

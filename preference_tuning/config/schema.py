@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.evaluation import EvaluationConfig
 from preference_tuning.config.registry import RegistryConfig
+from preference_tuning.config.retrain import RetrainConfig
 from preference_tuning.config.section import Section, Share, Text
 from preference_tuning.config.training import TrainingConfig
 from preference_tuning.errors import ConfigError
@@ -192,6 +193,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    retrain: RetrainConfig = RetrainConfig()
 
     def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""
@@ -204,6 +206,7 @@ class RunConfig(Section):
         yield from _dpo_contradictions(self.dpo)
         yield from self.evaluation.contradictions()
         yield from self.training.contradictions(self.base_model.backend, self.base_model.load_in_4bit)
+        yield from self.retrain.contradictions()
         if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
             yield (
                 ("dpo", "max_length"),
