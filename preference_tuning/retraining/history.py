@@ -113,10 +113,10 @@ class History:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return
-        for line in text.splitlines():
+        for line in content.split(b"\n"):
             with contextlib.suppress(ValueError):  # cut short, by a crash or a full disk
                 value = json.loads(line)
                 if isinstance(value, dict):
