@@ -56,8 +56,11 @@ def retrain(file: RunFile, name: str, trigger: str) -> Run:
         trigger: who or what starts it.
 
     Raises:
-        ConfigError: ``trigger`` cannot be part of a run's name, or ``output_dir`` cannot be written.
+        ConfigError: ``trigger`` cannot be part of a run's name, or ``output_dir`` cannot be written, or ZenML is to
+            start the runs.
     """
+    if "schedule" in file.document:
+        raise ConfigError("schedule: ZenML is to start the runs of this config, so retrain cannot; remove the section")
     if not NAME.match(trigger):
         raise ConfigError(f"--trigger: {trigger!r} must be a word of letters, digits, '.', '_' and '-', 64 at most")
     return attempt(file.config, trigger, lambda config: _train(_document(file, config, trigger), name))
@@ -74,8 +77,7 @@ def _train(document: dict[str, Any], name: str) -> Result:
         pipeline = training.copy()
         pipeline.commanded = True
         run = pipeline.with_options(config_path=str(written))()
-    if run is None:
-        raise ConfigError("schedule: this config is one that ZenML starts by itself; retrain needs one without it")
+    assert run is not None, "only a schedule makes no run"
     return result_of(finished(run))
 
 

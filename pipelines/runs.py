@@ -73,7 +73,9 @@ def result_of(run: PipelineRunResponse) -> Result:
     """
     run = Client().get_pipeline_run(run.id)
     if not run.status.is_successful:
-        raise PreferenceTuningError(f"run {run.name} {run.status.value}: {run.get_body().status_reason or 'no reason is known'}")
+        raise PreferenceTuningError(
+            f"run {run.name} {run.status.value}: {run.get_body().status_reason or 'no reason is known'}"
+        )
     return Result.model_validate({**run.steps["register"].run_metadata, "run": run.name})
 
 

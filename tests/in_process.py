@@ -8,7 +8,7 @@ import pytest
 from conftest import write_jsonl
 
 from preference_tuning import jobs
-from preference_tuning.config import RunConfig, TrackingConfig
+from preference_tuning.config import RunConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.models.source import locate
@@ -19,7 +19,7 @@ from preference_tuning.registry.result import Registered, Result
 from preference_tuning.tracking.comet import CometRun
 from preference_tuning.training import job
 
-COMET = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=Path("comet"))
+EXPERIMENT = "0" * 32
 
 
 def run_here(module: str, folder: Path, work: Any, kind: Any, again: bool = False, processes: int = 1) -> Any:
@@ -69,7 +69,8 @@ class Lab:
         """Do the same with a config."""
         source, out = locate(config.base_model), Path(config.output_dir)
         dataset = data_job.prepare_for_run(data_job.of_run(config, source))
-        common = (config.base_model, source, dataset, out, COMET, config.training)
+        comet = CometRun(config=config.tracking, experiment_key=EXPERIMENT, folder=out / "comet")
+        common = (config.base_model, source, dataset, out, comet, config.training)
         stages = {"sft": job.train(job.from_artifacts("sft", *common, lora=config.lora, sft=config.sft))}
         if config.finetuning_type == "dpo":
             work = job.from_artifacts("dpo", *common, dpo=config.dpo, adapter=stages["sft"].adapter)
@@ -77,7 +78,7 @@ class Lab:
         adapters = {stage: trained.adapter for stage, trained in stages.items()}
         evaluated = evaluation_job.evaluate(
             evaluation_job.from_artifacts(
-                config.base_model, source, dataset, adapters, config.evaluation, out, COMET,
+                config.base_model, source, dataset, adapters, config.evaluation, out, comet,
                 champion=to_beat(self.registry, version_id(list(adapters.values())[-1])),
                 beta=config.dpo.beta, max_length=config.dpo.length(config.base_model),
             )
@@ -85,5 +86,5 @@ class Lab:
         return Result(
             finetuning_type=config.finetuning_type, base_model=config.base_model, source=source, dataset=dataset,
             adapters=adapters, training={stage: trained.evidence for stage, trained in stages.items()},
-            evaluation=evaluated.evidence, config=config, comet=COMET, output_dir=out, run={},
+            evaluation=evaluated.evidence, config=config, comet=comet, output_dir=out, run={},
         )  # fmt: skip

@@ -120,7 +120,10 @@ def test_durations() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"min_interval": 12}, "min_interval: 12: must be a number with m, h, d or w behind it, such as 90m, 12h or 7d"),
+        (
+            {"min_interval": 12},
+            "min_interval: 12: must be a number with m, h, d or w behind it, such as 90m, 12h or 7d",
+        ),
         ({"max_age": "0d"}, "must be a number with m, h, d or w"),
         ({"max_age": "1 day"}, "must be a number with m, h, d or w"),
         ({"max_age": "1d", "min_interval": "2d"}, "max_age: 1d is less than retrain.min_interval (2d)"),
@@ -536,6 +539,11 @@ def test_the_commands(
     code, out, err = called("retrain", str(path), "--trigger", "a b")
     assert (code, out) == (2, "")
     assert "--trigger" in err
+    scheduled = tmp_path / "scheduled.yaml"
+    schedule = {"cron_expression": "0 3 * * *"}
+    scheduled.write_text(yaml.safe_dump({"parameters": place.parameters, "schedule": schedule}), encoding="utf-8")
+    code, _, err = called("retrain", str(scheduled))
+    assert (code, "ZenML is to start the runs" in err) == (2, True)
     code, out, _ = called("history", "--config", str(path))
     assert code == 0
     assert [line.split()[2] for line in out.splitlines()[1:]] == ["cron", "night", "airflow", "airflow"]

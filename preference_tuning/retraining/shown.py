@@ -80,7 +80,9 @@ def _row(run: Run, times: int, several: bool) -> list[str]:
 
 def _told(run: Run) -> str:
     if run.result:
-        return f"{run.outcome}, {run.result.decision}: {run.result.reason}"
+        # The champion may come out again, and an inconclusive verdict holds.
+        usual = (run.outcome, run.result.decision) in (("promoted", "promote"), ("held", "hold"))
+        return f"{run.outcome}{'' if usual else f', {run.result.decision}'}: {run.result.reason}"
     if run.outcome in QUIET:
         return f"{run.outcome}: {run.reason}"
     if run.error:
