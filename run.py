@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command line: train, check, data, evaluate, registry, track, dashboard; `run.py COMMAND --help` says more."""
+"""The command line: train, retrain, check, data, evaluate, registry, track, ...; `run.py COMMAND --help` says more."""
 
 import argparse
 import json
@@ -38,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py",
         description="Preference tuning: SFT, DPO, evaluation and registry as one ZenML pipeline.",
-        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 overtaken by "
-        "another promotion (run it again), 75 interrupted (run it again to continue), 1 other.",
+        epilog="Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 overtaken by another promotion (run it again), 10 "
+        "nothing to retrain, 75 interrupted or already running (run it again), 1 other.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
@@ -83,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.set_defaults(command=evaluate)
     _add_registry(commands)
-    _add_schedule(commands)
     _add_track(commands)
+    _add_retraining(commands)
+    _add_schedule(commands)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
     )
@@ -108,6 +109,24 @@ def _add_schedule(commands: Any) -> None:
     does.add_argument("--remove", action="store_true", help="take it away again")
     verb.add_argument("--dags", type=Path, metavar="FOLDER", help="of Airflow; without it AIRFLOW_HOME/dags")
     verb.set_defaults(command=schedule)
+
+
+def _add_retraining(commands: Any) -> None:
+    text = "train if anything changed since the last run, and skip otherwise: for cron and the like"
+    verb = commands.add_parser("retrain", help=text, description=text)
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="a run config")
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override, as dpo.beta=0.1")
+    text = "who or what starts it, for the history; without it PREFERENCE_TUNING_TRIGGER, or `retrain`"
+    verb.add_argument("--trigger", metavar="NAME", help=text)
+    verb.add_argument("--json", action="store_true", help="print the outcome as one line of JSON, and nothing else")
+    verb.set_defaults(command=retrain)
+    text = "list every run: when, by what trigger, on what data, what became of it"
+    verb = commands.add_parser("history", help=text, description=text)
+    verb.add_argument("--config", type=Path, metavar="CONFIG", help="a run config; without it all runs in outputs")
+    verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override")
+    verb.add_argument("--last", type=int, metavar="N", help="only the last N rows")
+    verb.add_argument("--json", action="store_true", help="print a line of JSON a row")
+    verb.set_defaults(command=history)
 
 
 def _add_registry(commands: Any) -> None:
@@ -373,6 +392,30 @@ def _give_secrets(section: Any) -> None:
         from steps.context import give_secrets
 
         give_secrets(section)
+
+
+def retrain(options: argparse.Namespace) -> None:
+    """Train if there is reason to; the exit code says what became of it."""
+    from pipelines import retraining
+
+    trigger = options.trigger or os.environ.get("PREFERENCE_TUNING_TRIGGER") or "retrain"
+    sys.exit(retraining.command(options.config, options.set, trigger, options.json))
+
+
+def history(options: argparse.Namespace) -> None:
+    """List the runs."""
+    from preference_tuning import config
+    from preference_tuning.errors import ConfigError
+    from preference_tuning.retraining import shown
+    from preference_tuning.retraining.history import History
+
+    if options.set and options.config is None:
+        raise ConfigError("history: --set overrides a config; name it with --config CONFIG")
+    loaded = config.load(options.config, options.set).config if options.config else None
+    output_dir = loaded.output_dir if loaded else str(config.RunConfig.model_fields["output_dir"].default)
+    runs = History(Path(output_dir)).runs(loaded.registry.name if loaded else None)
+    if told := shown.history(runs, options.last, options.json):
+        print(told)
 
 
 def dashboard(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,12 @@ from zenml.enums import ExecutionStatus, MetadataResourceTypes
 from zenml.models import ExceptionInfo, PipelineRunResponse, PipelineRunUpdate, RunMetadataResource, StepRunUpdate
 from zenml.utils.time_utils import utc_now
 
-from preference_tuning.errors import find
+from preference_tuning.errors import PreferenceTuningError, find
+from preference_tuning.retraining.history import Result
 
 LOCK, HOST = "lock", "host"
+LOOK_SECONDS = 10.0
+"""Between two looks at a run on another machine."""
 KILLED = "its process was killed; the next start found it and marked it as failed"
 
 
@@ -51,6 +55,28 @@ def alive(pipeline: str, output_dir: Path) -> Iterator[dict[str, str]]:
             raise
         finally:
             lock.unlink(missing_ok=True)
+
+
+def finished(run: PipelineRunResponse) -> PipelineRunResponse:
+    """Return a run when it is at its end, on whatever machine it is."""
+    while not run.status.is_finished:
+        time.sleep(LOOK_SECONDS)
+        run = Client().get_pipeline_run(run.id)
+    return run
+
+
+def result_of(run: PipelineRunResponse) -> Result:
+    """Return what a finished run left in the registry, as its last step told.
+
+    Raises:
+        PreferenceTuningError: the run failed.
+    """
+    run = Client().get_pipeline_run(run.id)
+    if not run.status.is_successful:
+        raise PreferenceTuningError(
+            f"run {run.name} {run.status.value}: {run.get_body().status_reason or 'no reason is known'}"
+        )
+    return Result.model_validate({**run.steps["register"].run_metadata, "run": run.name})
 
 
 def _reconcile(pipeline: str) -> None:

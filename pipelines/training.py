@@ -19,6 +19,7 @@ from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
 from pipelines import schedules
+from pipelines.recording import written_down
 from pipelines.runs import alive
 from preference_tuning import fingerprint, interruption, preflight
 from preference_tuning.config import (
@@ -28,6 +29,7 @@ from preference_tuning.config import (
     EvaluationConfig,
     LoraConfig,
     RegistryConfig,
+    RetrainConfig,
     RunConfig,
     SFTConfig,
     TrackingConfig,
@@ -72,6 +74,7 @@ def _training(
     evaluation: EvaluationConfig = EvaluationConfig(),
     registry: RegistryConfig = RegistryConfig(),
     tracking: TrackingConfig = TrackingConfig(),
+    retrain: RetrainConfig = RetrainConfig(),
 ) -> None:
     """Tune a base model on preference pairs; each parameter is a section of the run config."""
     # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
@@ -123,10 +126,13 @@ class CheckedPipeline(Pipeline):
 
     output_dir = Path(str(RunConfig.model_fields["output_dir"].default))
     scheduled = False
+    run_config: RunConfig | None = None
+    commanded = False
+    """Whether a command runs it that writes down what becomes of it, and tells of failures."""
 
     def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
         """Check the config and what it points to, then let ZenML apply it."""
-        with told():
+        with told(self.commanded):
             config_path = kwargs.get("config_path")
             loaded = load(Path(config_path)) if config_path else None
             config = loaded and loaded.config
@@ -138,17 +144,18 @@ class CheckedPipeline(Pipeline):
                 print(preflight.check(config))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):
-                pipeline.output_dir = Path(config.output_dir)
+                pipeline.output_dir, pipeline.run_config = Path(config.output_dir), config
                 pipeline.scheduled = bool(scheduled)
             return pipeline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
-        with told(), alive(self.name, self.output_dir) as extra:
+        config = None if self.commanded else self.run_config
+        with told(self.commanded), written_down(config) as ended, alive(self.name, self.output_dir) as extra:
             self.configure(extra=extra, execution_mode=_execution_mode())
             token = _runs_later.set(self.scheduled)
             try:
-                return super().__call__(*args, **kwargs)
+                return ended(super().__call__(*args, **kwargs))
             finally:
                 _runs_later.reset(token)
 
@@ -164,8 +171,8 @@ _unexplained = _Unexplained()
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Turn our errors, and signals, into a message and their exit code."""
+def told(by_caller: bool = False) -> Iterator[None]:
+    """Turn our errors, and signals, into a message and their exit code, unless that is the caller's part."""
     interruption.watch()
     for handler in (*logging.getLogger().handlers, *logging.getLogger("zenml").handlers):
         handler.addFilter(_unexplained)
@@ -173,7 +180,7 @@ def told() -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         known = find(error)
-        if known is None:
+        if known is None or by_caller:
             raise
         print(f"error: {known}", file=sys.stderr)
         raise SystemExit(known.exit_code) from None

@@ -6,6 +6,7 @@
     |-- DivergedError            4   training left the healthy range; nothing is kept of it
     |-- OvertakenError           5   another model became champion after the verdict was made; nothing was promoted
     |-- InterruptedJobError     75   stopped from outside; the same command continues
+    |-- AlreadyRunningError     75   the same work is being done by another process; the same command works later
     |-- TransientError           1   a network, a service or another process failed; jobs try again
     `-- OutOfMemoryError         1   a batch did not fit; training jobs try again with smaller pieces of it
 
@@ -53,6 +54,12 @@ class OvertakenError(PreferenceTuningError):
 
 class InterruptedJobError(PreferenceTuningError):
     """A signal stopped a job; what it had done is kept."""
+
+    exit_code = 75
+
+
+class AlreadyRunningError(PreferenceTuningError):
+    """Another process does this work, and must not be disturbed."""
 
     exit_code = 75
 

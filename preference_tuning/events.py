@@ -52,5 +52,6 @@ def read(folder: Path) -> list[Event]:
     path = folder / FILE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Event.model_validate(json.loads(line)) for line in lines if line.endswith("\n")]
+    # Messages may hold what Python takes for the end of a line as well, such as U+2028.
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [Event.model_validate(json.loads(line)) for line in whole.split("\n")] if whole else []

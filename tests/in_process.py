@@ -60,7 +60,10 @@ class Lab:
 
     def train(self, **changes: Any) -> Result:
         """Do what the pipeline does before it registers."""
-        config = self.config(**changes)
+        return self.train_with(self.config(**changes))
+
+    def train_with(self, config: RunConfig) -> Result:
+        """Do the same with a config."""
         source, out = locate(config.base_model), Path(config.output_dir)
         dataset = data_job.prepare_for_run(data_job.of_run(config, source))
         common = (config.base_model, source, dataset, out, config.training)

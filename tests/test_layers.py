@@ -51,6 +51,7 @@ ROOMS = {
     "evaluation": GROUND | {"data", "models", "tracking"},
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
     "tracked": GROUND | {"data", "tracking", "training", "evaluation", "registry"},
+    "retraining": GROUND | {"data", "models", "evaluation", "registry"},
     "preflight": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
     "scheduling": {"config", "errors"},

@@ -139,3 +139,10 @@ def test_checkpoints_are_kept_until_a_result_is_there(tmp_path: Path) -> None:
 
 def test_what_becomes_of_unfinished_work_is_no_part_of_a_job(tmp_path: Path) -> None:
     assert job(tmp_path, unfinished="continue", name="other").identity() == job(tmp_path).identity()
+
+
+def test_an_event_is_one_line_whatever_its_message_holds(tmp_path: Path) -> None:
+    events.add(tmp_path, "retried", "no\u2028such\x85file")
+    with (tmp_path / events.FILE).open("a") as stream:
+        stream.write('{"cut')
+    assert [event.message for event in events.read(tmp_path)] == ["no\u2028such\x85file"]

@@ -10,6 +10,7 @@ from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
 from preference_tuning.config.place import portable
 from preference_tuning.config.registry import CometPush, HuggingFacePush, MLflowPush, PushTarget, RegistryConfig
+from preference_tuning.config.retrain import RetrainConfig
 from preference_tuning.config.schema import (
     BaseModelConfig,
     DPOConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "Problems",
     "PushTarget",
     "RegistryConfig",
+    "RetrainConfig",
     "RunConfig",
     "RunFile",
     "SFTConfig",

@@ -13,6 +13,7 @@ from preference_tuning.config.data import DataConfig
 from preference_tuning.config.evaluation import EvaluationConfig
 from preference_tuning.config.place import Place
 from preference_tuning.config.registry import RegistryConfig
+from preference_tuning.config.retrain import RetrainConfig
 from preference_tuning.config.section import Section, Share, Text
 from preference_tuning.config.training import TrainingConfig
 from preference_tuning.errors import ConfigError
@@ -195,6 +196,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    retrain: RetrainConfig = RetrainConfig()
 
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""
@@ -209,6 +211,7 @@ class RunConfig(Section):
         for place, message in self.registry.contradictions():
             yield ("registry", *place), message
         yield from self.training.contradictions(self.base_model.backend, self.base_model.load_in_4bit)
+        yield from self.retrain.contradictions()
         if self.dpo.length(self.base_model) > self.base_model.max_seq_length:
             yield (
                 ("dpo", "max_length"),

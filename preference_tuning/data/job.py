@@ -46,6 +46,11 @@ class DataJob(jobs.Job):
         code = fingerprint.of_sources(MODULE)
         return {"config": config, "fingerprints": self.fingerprints, "tokens": tokens, "code": code}
 
+    @property
+    def id(self) -> str:
+        """The hash of the identity, by which a dataset is found again."""
+        return fingerprint.of_value(self.identity())[:16]
+
 
 def fingerprints_of(config: DataConfig) -> list[str]:
     """Return the hash of each source's bytes, or the commit of a hub dataset, the SFT source last.
@@ -102,6 +107,15 @@ def prepare(job: DataJob, again: bool = False) -> Dataset:
         DataError: a source cannot be read, or too many of its rows cannot be used.
         ConfigError: the tokenizer cannot be loaded.
     """
-    folder = job.output_dir / "data" / fingerprint.of_value(job.identity())[:16]
-    jobs.run(MODULE, folder, job, Manifest, again)
-    return Dataset(folder / DATASET)
+    jobs.run(MODULE, _folder(job.output_dir, job.id), job, Manifest, again)
+    return Dataset(_folder(job.output_dir, job.id) / DATASET)
+
+
+def kept(output_dir: Path, id: str) -> Dataset | None:
+    """Return the dataset that a job of this id made, or None if it is no longer there."""
+    folder = _folder(output_dir, id) / DATASET
+    return Dataset(folder) if folder.is_dir() else None
+
+
+def _folder(output_dir: Path, id: str) -> Path:
+    return output_dir / "data" / id

@@ -35,6 +35,13 @@ def trained_on(split: Path, other: Path) -> tuple[int, int]:
     return len(pc.unique(held_out["group"].filter(known))), len(pc.unique(held_out["group"]))
 
 
+def came(split: Path, before: Path) -> int:
+    """Return how many pairs of ``split`` are not in the split ``before``, whatever their side."""
+    now, then = (pq.read_table(path, columns=["content"])["content"] for path in (split, before))
+    different = pc.unique(now)
+    return len(different) - int(pc.sum(pc.is_in(different, pc.unique(then))).as_py() or 0)
+
+
 def new_to(split: Path, groups: Sequence[str]) -> list[bool]:
     """Return for each group of pairs whether a model was not trained on it, from the split of its data."""
     trained = set(_of_side(split, "train")["group"].to_pylist())
