@@ -269,13 +269,14 @@ def _key_path(loc: tuple[int | str, ...], parameters: Any) -> KeyPath:
     """Strip the parts that pydantic adds to a location (names of union members)."""
     path: list[int | str] = []
     value = parameters
-    for part in loc:
-        if isinstance(value, Mapping) and (part in value or _known(tuple(path), part)):
+    for place, part in enumerate(loc, 1):
+        last = place == len(loc)
+        if isinstance(value, Mapping) and (part in value or last or _known(tuple(path), part)):
             value = value.get(part)
         elif isinstance(value, Sequence) and not isinstance(value, str) and isinstance(part, int) and part < len(value):
             value = value[part]
         else:
-            break
+            continue
         path.append(part)
     return tuple(path)
 

@@ -1,8 +1,8 @@
 """The registry section: where results become versions, and where they are pushed."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Discriminator, StringConstraints, Tag
 
 from preference_tuning.config.section import Name, Section, Text
 
@@ -48,7 +48,21 @@ class MLflowPush(PushConfig):
     """None: the registry's own."""
 
 
-PushTarget = Annotated[HuggingFacePush | CometPush | MLflowPush, Field(discriminator="to")]
+def _to(value: Any) -> Any:
+    return value.get("to") if isinstance(value, dict) else getattr(value, "to", None)
+
+
+# By a function: pydantic takes no field as the discriminator that has a validator before it, as all sections have.
+PushTarget = Annotated[
+    Annotated[HuggingFacePush, Tag("huggingface")]
+    | Annotated[CometPush, Tag("comet")]
+    | Annotated[MLflowPush, Tag("mlflow")],
+    Discriminator(
+        _to,
+        custom_error_type="unknown_target",
+        custom_error_message="`to` must say where to: huggingface, comet or mlflow",
+    ),
+]
 
 
 class RegistryConfig(Section):
