@@ -15,6 +15,7 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
+from pipelines import stack
 from pipelines.runs import alive
 from preference_tuning import fingerprint, interruption, preflight
 from preference_tuning.config import (
@@ -110,9 +111,11 @@ class CheckedPipeline(Pipeline):
         """Check the config and what it points to, then let ZenML apply it."""
         with told():
             config_path = kwargs.get("config_path")
-            config = load(Path(config_path)).config if config_path else None
-            if config:
-                print(preflight.check(config))
+            loaded = load(Path(config_path)) if config_path else None
+            config = loaded.config if loaded else None
+            if loaded and config:
+                more = (("stack", lambda _: stack.look(loaded.document, loaded.config)),)
+                print(preflight.check(config, more=more))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):
                 pipeline.output_dir = Path(config.output_dir)

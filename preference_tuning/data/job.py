@@ -39,7 +39,7 @@ class DataJob(jobs.Job):
         """Return what makes two jobs the same work: content and settings, never places or times."""
         tokens = self.tokens and {
             "model": self.tokens.source.fingerprint,
-            "template": _template(self.tokens.base_model.chat_template),
+            "template": template_of(self.tokens.base_model.chat_template),
             "lengths": [self.tokens.max_length, self.tokens.sft_length],
         }
         config = self.config.model_dump(mode="json")
@@ -47,7 +47,7 @@ class DataJob(jobs.Job):
         return {"config": config, "fingerprints": self.fingerprints, "tokens": tokens, "code": code}
 
 
-def _template(setting: str | None) -> str | None:
+def template_of(setting: str | None) -> str | None:
     """Return the chat template that the config sets: its name, or what is in its file."""
     path = Path(setting or "").expanduser()
     return path.read_text(encoding="utf-8") if path.is_file() else setting
