@@ -32,8 +32,8 @@ def look(document: dict[str, Any], config: RunConfig) -> Iterator[Finding]:
     if "schedule" in asked and not orchestrator.config.is_schedulable:
         yield area.error(
             ConfigError(f"schedule: {where} runs nothing on a schedule"),
-            "remove `schedule` and let cron or systemd start the command, or set a stack whose orchestrator has schedules "
-            "(airflow, kubernetes, kubeflow, vertex, sagemaker, azureml)",
+            "remove `schedule` and let cron or systemd start the command, or set a stack whose orchestrator has "
+            "schedules (airflow, kubernetes, kubeflow, vertex, sagemaker, azureml)",
         )
     count = asked.get("gpus", 0)
     if count and orchestrator.config.is_local:

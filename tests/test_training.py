@@ -21,8 +21,8 @@ from preference_tuning.models.source import locate
 from preference_tuning.tracking.comet import CometRun
 from preference_tuning.tracking.spool import read
 from preference_tuning.training import checkpoints, job, reference
-from preference_tuning.training.callbacks import steps_of_share
 from preference_tuning.training.job import Trained, TrainingJob
+from preference_tuning.training.schedule import steps_of_share
 
 COMET = CometRun(config=TrackingConfig(mode="off"), experiment_key="0" * 32, folder=Path("comet"))
 
