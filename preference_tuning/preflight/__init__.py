@@ -46,7 +46,7 @@ AREAS: tuple[tuple[str, Looks], ...] = (
     ("time", duration.areas),
     ("disk", disk.areas),
     _plain("judges", places.judges),
-    _plain("resume", places.resume),
+    ("resume", places.resume),
     _plain("outputs", places.outputs),
     _plain("registry", places.registry),
     _plain("tracking", places.tracking),

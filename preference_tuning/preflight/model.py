@@ -70,9 +70,9 @@ def _on_the_hub(area: Area, world: World) -> Iterator[Finding]:
     found = hub.access(repo, commit)
     if found.offline:
         there = "all its files are in the local cache" if found.cached else "its weights are not in the local cache"
-        text = f"the hub is not asked (offline): licence and access are not known; {there}"
+        text = f"the hub may not be asked, or does not answer: licence and access are not known; {there}"
         if not found.cached:
-            raise ConfigError(f"base_model.source: {text}; unset HF_HUB_OFFLINE, or use a local path")
+            raise ConfigError(f"base_model.source: {text}; reach it without HF_HUB_OFFLINE, or use a local path")
         yield area.warning(text)
         return
     gate = f", gated ({found.gated}), access granted" if found.gated else ""

@@ -1,15 +1,16 @@
 """Areas that are one look each: a text, or the error that stops a run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from preference_tuning.config import RunConfig
-from preference_tuning.data import job
 from preference_tuning.errors import ConfigError
 from preference_tuning.evaluation import general, harness, judge
 from preference_tuning.models.devices import processes_of
-from preference_tuning.models.source import locate
+from preference_tuning.preflight.findings import Area, Finding
+from preference_tuning.preflight.world import World
 from preference_tuning.registry.folder import FolderRegistry
 from preference_tuning.tracking.comet import CometRun
 from preference_tuning.training import job as training_job
@@ -22,10 +23,9 @@ def training(config: RunConfig) -> str:
     return f"{count} processes" if count > 1 else "one process"
 
 
-def resume(config: RunConfig) -> str:
-    """Look for interrupted training that the run would begin anew beside."""
-    source = locate(config.base_model)
-    dataset = job.prepare_for_run(job.of_run(config, source))
+def resume(world: World) -> Iterator[Finding]:
+    """Yield whether interrupted training is there that the run would begin anew beside."""
+    config, source, dataset = world.config, world.source, world.dataset
     comet = CometRun(config=config.tracking, experiment_key="", folder=Path())
     stages: dict[Any, dict[str, Any]] = {"sft": {"lora": config.lora, "sft": config.sft}}
     if config.finetuning_type == "dpo":
@@ -37,7 +37,7 @@ def resume(config: RunConfig) -> str:
         )
         # What SFT will leave is known only when it is done.
         unfinished.check(work, but=("adapter_hash",) if stage == "dpo" else ())
-    return "no unfinished training stands in the way"
+    yield Area("resume").ok("no unfinished training stands in the way")
 
 
 def judges(config: RunConfig) -> str:
