@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="continue unfinished training with the settings as they are now",
             )
+        else:
+            verb.add_argument("--json", action="store_true", help="print the findings as JSON")
+            verb.add_argument("--probe", action="store_true", help="run a few rows through every job to measure time")
         verb.set_defaults(command=command)
     text = "read, check and split preference data, and report what is in it; nothing is trained"
     verb = commands.add_parser("data", help=text, description=text)
@@ -218,12 +221,26 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Check everything and say what was found."""
+    """Look at everything and say what was found, as a table or as JSON; the exit code is that of the gravest error."""
     from preference_tuning import config, preflight
+    from preference_tuning.errors import ConfigError
+    from preference_tuning.preflight import findings
 
-    loaded = config.load(options.config, options.set).config
-    _give_secrets(loaded.registry)
-    print(preflight.check(loaded))
+    area = findings.Area("config")
+    try:
+        loaded = config.load(options.config, options.set)
+    except ConfigError as error:
+        found = [area.error(error)]
+    else:
+        from pipelines import stack
+
+        more = (("stack", lambda _: stack.look(loaded.document, loaded.config)),)
+        _give_secrets(loaded.config.registry)
+        found = [area.ok(f"{options.config}, finetuning_type {loaded.config.finetuning_type}")]
+        found += preflight.look(loaded.config, more=more, probed=options.probe)
+    print(findings.as_json(found) if options.json else findings.table(found))
+    gravest = findings.failure(found)
+    sys.exit(gravest.exit_code if gravest else 0)
 
 
 def data(options: argparse.Namespace) -> None:

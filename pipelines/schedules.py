@@ -15,11 +15,10 @@ from zenml.client import Client
 from zenml.config import DockerSettings
 from zenml.config.schedule import Schedule
 
+from pipelines.stack import WITH_SCHEDULES
 from preference_tuning.errors import ConfigError
 from preference_tuning.scheduling import Plan, Retraining
 
-OPEN_SOURCE = ("airflow", "kubernetes", "kubeflow", "vertex", "sagemaker", "azureml", "databricks", "hyperai")
-"""Orchestrators with schedules in zenml 0.98."""
 DEADLINE_SECONDS = 3600
 """How late Kubernetes may still start a run."""
 
@@ -41,7 +40,7 @@ def require_schedulable(on: str | None = None) -> str:
     if not stack.orchestrator.config.is_schedulable:
         raise ConfigError(
             f"schedule: the active stack {stack.name!r} runs on {kind!r}, which has no schedules. Take "
-            f"`run.py schedule CONFIG --on cron` or `--on systemd`, or a stack with one of {', '.join(OPEN_SOURCE)}"
+            f"`run.py schedule CONFIG --on cron` or `--on systemd`, or a stack with one of {', '.join(WITH_SCHEDULES)}"
         )
     return kind
 

@@ -18,7 +18,7 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from pipelines import schedules
+from pipelines import stack
 from pipelines.recording import written_down
 from pipelines.runs import alive
 from preference_tuning import fingerprint, interruption, preflight
@@ -135,17 +135,15 @@ class CheckedPipeline(Pipeline):
         with told(self.commanded):
             config_path = kwargs.get("config_path")
             loaded = load(Path(config_path)) if config_path else None
-            config = loaded and loaded.config
-            scheduled = kwargs.get("schedule") or (loaded and loaded.document.get("schedule"))
-            if scheduled:
-                schedules.require_schedulable()
-            if config:
+            config = loaded.config if loaded else None
+            if loaded and config:
                 give_secrets(config.registry)
-                print(preflight.check(config))
+                more = (("stack", lambda _: stack.look(loaded.document, loaded.config)),)
+                print(preflight.check(config, more=more))
             pipeline = super().with_options(*args, **kwargs)
             if config and isinstance(pipeline, CheckedPipeline):
                 pipeline.output_dir, pipeline.run_config = Path(config.output_dir), config
-                pipeline.scheduled = bool(scheduled)
+                pipeline.scheduled = bool(kwargs.get("schedule") or (loaded and loaded.document.get("schedule")))
             return pipeline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

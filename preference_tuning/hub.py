@@ -1,6 +1,7 @@
 """The Hugging Face Hub, as a place to read models and datasets from; the only module that knows huggingface_hub."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -88,3 +89,69 @@ def _download(repo_id: str, commit: str, files: list[str]) -> Path:
         refusal = TransientError if failures.kind_of(error) == "transient" else ConfigError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise refusal(f"cannot download model {repo_id!r} at {commit}: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Access:
+    """What the hub says of a model repository to whoever asks with the token of this environment."""
+
+    licence: str | None = None
+    gated: str | None = None
+    """``auto`` or ``manual`` where its owner decides who gets it; None where everybody does."""
+    offline: bool = False
+    """Whether the hub may not be asked (``HF_HUB_OFFLINE``)."""
+    cached: bool = False
+    """Whether the files of the commit are here already."""
+
+
+def access(repo_id: str, commit: str) -> Access:
+    """Return the licence of a model, and whether its files may be had.
+
+    Raises:
+        ConfigError: they may not: the message has the address where to ask.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    cached = is_cached(repo_id, commit)
+    if constants.HF_HUB_OFFLINE:
+        return Access(offline=True, cached=cached)
+    api = HfApi()
+    page = f"{api.endpoint}/{repo_id}"
+    try:
+        info = api.model_info(repo_id, revision=commit, timeout=10)
+        if info.gated and not cached:
+            api.auth_check(repo_id)
+    except GatedRepoError:
+        known = "the token in HF_TOKEN has no access" if api.token or _has_token() else "HF_TOKEN is not set"
+        raise ConfigError(
+            f"base_model.source: {repo_id} is gated, and {known}: ask for access at {page}, with the account whose "
+            "token is in HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"base_model.source: there is no model {repo_id} that this account may see; look at {page}, and set "
+            "HF_TOKEN if it is private"
+        ) from None
+    except (httpx.TransportError, HfHubHTTPError, OSError):
+        return Access(offline=True, cached=cached)
+    licence = info.card_data.get("license") if info.card_data else None
+    return Access(licence=licence, gated=info.gated or None, cached=cached)
+
+
+def is_cached(repo_id: str, commit: str) -> bool:
+    """Return whether the weights of a commit are in the local cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=MODEL_FILES, local_files_only=True))
+    except OSError:
+        return False
+    return any(folder.glob("*.safetensors"))
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from preference_tuning import preflight
 from preference_tuning.config import BaseModelConfig, DPOConfig, LoraConfig, SFTConfig
 from preference_tuning.errors import ConfigError
 from preference_tuning.models import compute, machine
@@ -200,7 +199,7 @@ def test_wishes_that_cannot_be_met_are_errors(tmp_path: Path, monkeypatch: pytes
         compute.choose(config(device="cuda"), tmp_path)
     monkeypatch.setattr(machine, "has_package", lambda _: False)
     with pytest.raises(ConfigError, match="needs the package flash-attn"):
-        preflight._model(SimpleNamespace(base_model=flash))  # type: ignore[arg-type]
+        compute.check_packages(flash)
 
 
 def test_attention_settings_that_contradict_each_other() -> None:

@@ -389,12 +389,19 @@ def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> N
     assert statuses(run)["train_sft"] == "cached"
 
 
-def test_a_failing_job_ends_the_run_with_its_exit_code(finished: Finished) -> None:
-    project = finished.project
+def test_a_failing_job_ends_the_run_with_its_exit_code(finished: Finished, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    project, broken_model = finished.project, tmp_path / "broken"
+    shutil.copytree(tiny_model, broken_model)
+    weights = load_file(broken_model / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    save_file(weights, broken_model / "model.safetensors", metadata={"format": "pt"})
     versions = len(manifests(project))
-    done = project.run("run.py", "train", "run.yaml", "--set", "lora.target_modules=[k_proj, z_proj]")
-    assert done.returncode == 2
-    assert "lora.target_modules: the model has no z_proj" in done.stderr
+    done = project.run("run.py", "train", "run.yaml", "--set", f"base_model.source={broken_model}")
+    assert done.returncode == 4
+    assert "training diverged" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     run = project.last_run()
     assert run["status"] == "failed"
@@ -419,6 +426,7 @@ def files(project: Project) -> list[str]:
         (["data.source=two.jsonl"], 3, "2 different prompts split into"),
         (["data.source=https://example.org/rows.jsonl"], 3, "set data.allow_urls: true"),
         (["dpo.warmup_steps=500"], 2, "dpo.warmup_steps: 500 of"),
+        (["lora.target_modules=[k_proj, z_proj]"], 2, "lora.target_modules: the model has no z_proj"),
         (["base_model.source=no/where/at/all"], 2, "no such file or directory"),
         (["base_model.source=run.py"], 2, "is not a model"),
         (["base_model.source=configs"], 2, "is not a model directory: it has no config.json"),
@@ -451,19 +459,25 @@ def test_check_says_what_it_found(finished: Finished) -> None:
     project = finished.project
     done = project.run("run.py", "check", "run.yaml")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
-        "model",
-        "training",
-        "data",
-        "judges",
-        "resume",
-        "outputs",
-        "registry",
-        "pushes",
-        "tracking",
-    ]
     assert "training and" in done.stdout
-    assert "warning: SFT makes only" in done.stdout
+    assert "warning  SFT makes only" in done.stdout
+    # What a run shows before it starts says the same.
+    (areas,) = [line.split()[0] for line in finished.shown.splitlines() if line.startswith("registry  ok:")]
+    assert areas == "registry"
+    assert "          warning: SFT makes only" in finished.shown
+
+
+def test_a_stack_that_cannot_do_what_is_asked_is_told(finished: Finished) -> None:
+    project = finished.project
+    document = yaml.safe_load((project.folder / "run.yaml").read_text(encoding="utf-8"))
+    document |= {"schedule": {"cron_expression": "0 3 * * *"}, "settings": {"resources": {"gpu_count": 1}}}
+    document["parameters"]["base_model"]["device"] = "cpu"
+    (project.folder / "asking.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    done = project.run("run.py", "check", "asking.yaml", "--json")
+    assert done.returncode == 2, done.stderr
+    errors = [f["text"] for f in json.loads(done.stdout)["findings"] if f["level"] == "error"]
+    assert [error.partition(":")[0] for error in errors] == ["schedule", "settings.resources.gpu_count"]
+    assert "runs nothing on a schedule" in errors[0]
 
 
 def test_the_dashboard_shows_the_run_and_leaves_nothing_behind(finished: Finished) -> None:

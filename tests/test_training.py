@@ -20,8 +20,8 @@ from preference_tuning.errors import ConfigError, DivergedError
 from preference_tuning.models.source import locate
 from preference_tuning.tracking.spool import read
 from preference_tuning.training import checkpoints, job, reference
-from preference_tuning.training.callbacks import steps_of_share
 from preference_tuning.training.job import Trained, TrainingJob
+from preference_tuning.training.schedule import steps_of_share
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,15 @@ def of_machine(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -
     return min(limits)
 
 
+def available() -> int:
+    """Return the bytes of main memory that a new process could take now without making others smaller."""
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        name, _, size = line.partition(":")
+        if name == "MemAvailable":
+            return min(int(size.split()[0]) * 1024, of_machine())
+    return of_machine()
+
+
 def _places(cgroups: Path, own: Path) -> list[tuple[Path, str, str]]:
     """Return the folders of this process's memory cgroup, with the files of its events and its limit.
 

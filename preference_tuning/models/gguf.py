@@ -39,7 +39,7 @@ def convert(path: Path, target: Path) -> Path:
     from transformers import AutoModelForCausalLM
 
     print(f"  converting {path.name} to safetensors, once (about 20 s) ...", file=sys.stderr)
-    with _told(path), _read_once():
+    with _told(path), read_once():
         tokenizer = _tokenizer(path)
         read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     # save_pretrained refuses a model that remembers coming from a quantised file.
@@ -61,7 +61,7 @@ def convert_tokenizer(path: Path, target: Path) -> Path:
     for there in (target, own):
         if (there / "tokenizer_config.json").is_file():
             return there
-    with _told(path), _read_once():
+    with _told(path), read_once():
         return _write(own, _tokenizer(path))
 
 
@@ -97,7 +97,7 @@ def _write(target: Path, *parts: Any) -> Path:
 
 
 @contextmanager
-def _read_once() -> Iterator[None]:
+def read_once() -> Iterator[None]:
     """Let one parsed file serve every reader: transformers parses the whole vocabulary anew four times, in Python."""
     import gguf
 

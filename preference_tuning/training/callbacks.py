@@ -18,6 +18,7 @@ from preference_tuning.models import weights
 from preference_tuning.progress import bar
 from preference_tuning.tracking.spool import Point, Spool
 from preference_tuning.training import checkpoints, processes
+from preference_tuning.training.schedule import steps_of_share
 
 ZERO_GRADIENTS = 10
 """Optimizer steps with a gradient of exactly zero after which training is declared dead."""
@@ -48,13 +49,6 @@ class Shares(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = True
         if state.global_step in steps_of_share(self._save, state.max_steps):
             control.should_save = True
-
-
-def steps_of_share(share: float, total: int) -> set[int]:
-    """Return the steps at which each full ``share`` of ``total`` steps is done; always the last one."""
-    # What is left after the last full share counts as the end if it is less than a tenth of a share.
-    parts = itertools.takewhile(lambda done: done < 1 - share / 10, (share * i for i in itertools.count(1)))
-    return {total, *(max(1, round(total * done)) for done in parts)}
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
