@@ -99,7 +99,7 @@ def now() -> Seconds:
 def inside(told: Path) -> None:
     """Run `run.py train run.yaml` here with the clock, and write what it says."""
     clock = Clock()
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     sys.argv = ["run.py", "train", "run.yaml"]
     with clock.part("rest"):
         run = importlib.import_module("run")
@@ -111,7 +111,7 @@ def inside(told: Path) -> None:
             importlib.import_module("zenml.zen_stores.sql_zen_store")
         from zenml.utils import source_utils
 
-        source_utils.set_custom_source_root(os.getcwd())
+        source_utils.set_custom_source_root(str(Path.cwd()))
         with clock.part("imports: ours"):
             importlib.import_module("pipelines.training")
         _watch(clock)
