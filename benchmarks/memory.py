@@ -24,7 +24,6 @@ from preference_tuning.data import job as data_job  # noqa: E402
 from preference_tuning.models.source import locate  # noqa: E402
 from preference_tuning.preflight import fit, memory  # noqa: E402
 from preference_tuning.preflight.world import World  # noqa: E402
-from preference_tuning.tracking.comet import CometRun  # noqa: E402
 from preference_tuning.training import job as training_job  # noqa: E402
 
 SIZES: dict[str, dict[str, int]] = {
@@ -117,13 +116,12 @@ def _case(model: Path, size: str, case: str, changes: dict[str, Any]) -> Iterato
     world = World(run)
     source, out = locate(run.base_model), Path(run.output_dir)
     dataset = data_job.prepare_for_run(data_job.of_run(run, source))
-    comet = CometRun(config=run.tracking, experiment_key="", folder=Path())
     settings: dict[str, Any] = {"lora": run.lora, "sft": run.sft}
     adapter: Path | None = None
     for name in ("sft", "dpo"):
         if name == "dpo":
             settings = {"dpo": run.dpo, "adapter": adapter}
-        work = training_job.from_artifacts(name, run.base_model, source, dataset, out, comet, run.training, **settings)
+        work = training_job.from_artifacts(name, run.base_model, source, dataset, out, run.training, **settings)
         scratch = model.parent / "jobs" / f"{size}, {case}, {name}"
         scratch.mkdir(parents=True)
         jobs.write_json(scratch / jobs.JOB, work.model_dump(mode="json"))

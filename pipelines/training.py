@@ -18,7 +18,7 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from pipelines import stack
+from pipelines import stack, startup  # noqa: F401 (startup takes effect when it is imported)
 from pipelines.recording import written_down
 from pipelines.runs import alive
 from preference_tuning import fingerprint, interruption, preflight

@@ -118,6 +118,12 @@ UNFINISHED: dict[str, tuple[Callable[[Folders], Any], str]] = {
     "weights cut off": (lambda f: f.weights.write_bytes(f.weights.read_bytes()[:-8]), "cannot be read"),
     "no weights": (lambda f: f.weights.unlink(), "adapter_model.safetensors is missing"),
     "NaN": (lambda f: f.write_weights(torch.full((4, 4), torch.nan)), "w has values that are not finite"),
+    "NaN, bfloat16": (
+        lambda f: f.write_weights(torch.full((4, 4), torch.nan, dtype=torch.bfloat16)), "w has values that are not",
+    ),
+    "absurd weight, bfloat16": (
+        lambda f: f.write_weights(torch.full((4, 4), -2.3e10, dtype=torch.bfloat16)), "w reaches 2.3e+10",
+    ),
     "absurd weight": (lambda f: f.write_weights(torch.full((4, 4), -2.3e10)), "w reaches 2.3e+10"),
     "other weights": (
         lambda f: save_file({**load_file(f.weights), "v": torch.ones(2)}, f.weights), "not those that DPO wrote",

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from preference_tuning import fingerprint
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "preference_tuning"
@@ -107,16 +110,30 @@ def test_steps_are_thin() -> None:
 
 
 def test_modules_import_without_torch_where_the_pipeline_process_needs_them() -> None:
-    """The ZenML process stays free of torch: it is loaded by the jobs."""
+    """The ZenML process stays free of torch, also after what ZenML does before each run."""
     code = """
 import sys
 from zenml.utils import source_utils
 source_utils.set_custom_source_root('.')
 import pipelines.training
-print([name for name in ('torch', 'transformers', 'trl') if name in sys.modules])
+from zenml.environment import get_run_environment_dict
+from zenml.integrations.registry import integration_registry
+integration_registry.activate_integrations()
+print([name for name in ('torch', 'transformers', 'trl', 'pandas', 'scipy.stats') if name in sys.modules])
+print(integration_registry.select_integration_requirements('pytorch'))
+installed = get_run_environment_dict()['python_packages'].splitlines()
+print([line for line in installed if line.startswith('torch==')])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+    loaded, required, torch = done.stdout.strip().splitlines()[-3:]
+    assert loaded == "[]"
+    assert required == "['torch']"
+    assert torch == str([f"torch=={version('torch')}"])
+
+
+def test_the_sources_of_a_job_are_found_by_every_import_in_them() -> None:
+    for path in sources("preference_tuning"):
+        assert set(fingerprint._imported(path)) >= {n for n in imports(path) if n.startswith("preference_tuning")}, path
 
 
 def test_the_readme_names_what_exists() -> None:

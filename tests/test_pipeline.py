@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,9 @@ from preference_tuning.tracking.folder import RunFolder
 from preference_tuning.tracking.spool import read
 
 STAGES = ["data", "dpo", "evaluation", "registry", "run", "sft"]
+HEAVY = {
+    "torch", "transformers", "trl", "peft", "datasets", "pandas", "scipy.stats", "comet_ml", "mlflow", "s3fs", "numpy",
+}  # fmt: skip
 DPO_STEPS = {"load_preferences", "train_sft", "train_dpo", "evaluate", "register"}
 
 
@@ -214,8 +218,10 @@ def test_the_cache(finished: Finished, comet: CometServer) -> None:
         path.write_text(text, encoding="utf-8")
 
     sft_only = ("--set", "finetuning_type=sft")
-    online = project.run("run.py", "train", "run.yaml", **comet.environment)
+    online = project.run("-X", "importtime", "run.py", "train", "run.yaml", **comet.environment)
     assert online.returncode == 0, online.stderr
+    # Nothing heavy is loaded where nothing is trained; it would cost more than all the rest.
+    assert HEAVY & set(re.findall(r"^import time:.* ([\w.]+)$", online.stderr, re.MULTILINE)) == {"numpy"}
     project.train("run.yaml", "--set", "dpo.beta=0.2", "--set", "tracking.tags=[night]")
     edited(trainer, "import itertools", "import itertools  # edited", *sft_only)
     edited(data, "part 1.", "part 1!", *sft_only)

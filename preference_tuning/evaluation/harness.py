@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
-from scipy import stats
 
 from preference_tuning import fingerprint, jobs
 from preference_tuning.config import PORTABLE, BaseModelConfig, HarnessConfig
@@ -158,6 +157,8 @@ def _run_tasks(job: HarnessJob, model: Any, base: Any, tasks: Any) -> dict[str, 
 
 
 def _figure(value: float, error: Any) -> Figure:
+    from scipy import stats  # most of a second that only figures need
+
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
     half = z * error if isinstance(error, int | float) else math.nan
     return Figure(value=value, low=value - half, high=value + half)

@@ -3,7 +3,7 @@
 import importlib.metadata
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
@@ -16,6 +16,8 @@ from preference_tuning.preflight.world import World
 NAME = "preference-tuning"
 NOT_SAID = Requirement("flash-attn"), Requirement("liger-kernel")
 """Packages that are used where they are there; any version is tried."""
+BESIDE = ("torch", "torchvision", "liger-kernel")
+"""Packages that are told of in any case."""
 
 
 def areas(world: World) -> Iterator[Finding]:
@@ -31,8 +33,8 @@ def look(places: Sequence[str], wanted: dict[str, str]) -> Iterator[Finding]:
         wanted: packages that the config asks for beside the required ones, each with the setting that does.
     """
     area = Area("versions")
-    installed = {_key(found.name): found.version for found in importlib.metadata.distributions(path=list(places))}
     required, extra = _supported()
+    installed = _installed(places, [*(requirement.name for requirement in required), *wanted, *BESIDE])
     outside = [line for requirement in required if (line := _outside(requirement, installed))]
     for name, setting in wanted.items():
         requirement = next((r for r in (*extra, *NOT_SAID) if _key(r.name) == _key(name)), Requirement(name))
@@ -46,6 +48,15 @@ def look(places: Sequence[str], wanted: dict[str, str]) -> Iterator[Finding]:
     yield from _vision(area, installed)
     if "liger-kernel" in installed:
         yield area.ok(f"liger-kernel {installed['liger-kernel']} will be used on CUDA")
+
+
+def _installed(places: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the packages that are there; only their metadata is read, as there may be hundreds."""
+    found = {}
+    for name in names:
+        if package := next(iter(importlib.metadata.distributions(name=name, path=list(places))), None):
+            found[_key(name)] = package.version
+    return found
 
 
 def _wanted(world: World) -> dict[str, str]:

@@ -136,7 +136,8 @@ class World:
     @once
     def lengths(self) -> list[Row]:
         """The tokens of a sample of the pairs, before any cut."""
-        stored = pq.read_table(self.dataset.folder / table.LENGTHS).to_pydict()
+        with pq.ParquetFile(self.dataset.folder / table.LENGTHS) as file:
+            stored = file.read().to_pydict()
         sides = (stored[name] for name in ("prompt", "chosen", "rejected"))
         return [Row(prompt, (chosen, rejected)) for prompt, chosen, rejected in zip(*sides, strict=True)]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special, stats
 
 from preference_tuning.evaluation import statistics
 from preference_tuning.evaluation.judge.comparison import Judged, Opinion
@@ -71,6 +70,8 @@ def length_controlled(judged: Judged, seed: int) -> Figure:
     opinions = _usable(judged)
     wins = np.array([opinion.win for opinion in opinions], dtype=np.float64)
     differences = np.array([opinion.length_difference for opinion in opinions], dtype=np.float64)
+    from scipy import special, stats  # most of a second that only figures need
+
     spread = float(np.std(differences)) if len(opinions) else 0.0
     if len(wins) < 2 or np.ptp(wins) == 0 or not differences.any():
         return _mean(opinions, lambda opinion: opinion.win, seed)
@@ -103,6 +104,8 @@ def length_controlled(judged: Judged, seed: int) -> Figure:
 
 def _fit(wins: Array, lengths: Array, weights: Array, start: Array) -> Array:
     """Return the coefficients of a logistic regression of wins on a constant and on lengths, nan if it fails."""
+    from scipy import optimize, special
+
     features = np.stack([np.ones(len(lengths)), lengths])
 
     def gradient(coefficients: Array) -> tuple[Array, Array]:
