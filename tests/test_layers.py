@@ -18,6 +18,7 @@ OWNERS = {
         "data/sources/origins.py",
         "evaluation/judge/client.py",
         "hub.py",
+        "notifying/receivers.py",
         "tracking/account.py",
         f"{HUB}/client.py",
     },
@@ -32,9 +33,10 @@ OWNERS = {
     "trl": {"training/arguments.py", "training/trainers.py"},
 }
 # What a room may import, beside the ground that every room stands on.
-GROUND = {"errors", "events", "failures", "fingerprint", "jobs", "progress", "reports", "hub", "config"}
+GROUND = {"errors", "events", "failures", "fingerprint", "jobs", "progress", "reports", "hub", "config", "continuing"}
 ROOMS = {
     "errors": set(),
+    "continuing": {"errors"},
     "interruption": set(),
     "events": {"config"},
     "failures": {"errors"},
@@ -52,6 +54,7 @@ ROOMS = {
     "registry": GROUND | {"data", "models", "tracking", "training", "evaluation"},
     "tracked": GROUND | {"data", "tracking", "training", "evaluation", "registry"},
     "retraining": GROUND | {"data", "models", "evaluation", "registry"},
+    "notifying": GROUND | {"evaluation", "registry", "retraining"},
     "preflight": GROUND | {"data", "models", "tracking", "training", "evaluation", "registry"},
     "inspection": GROUND | {"data", "models"},
     "scheduling": {"config", "errors"},
