@@ -5,6 +5,7 @@ is still the one under which it ran: code, data, base model, settings and inputs
 and is named.
 """
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from uuid import UUID
 
 import yaml
 from zenml.client import Client
+from zenml.config.step_configurations import Step
 from zenml.enums import ExecutionStatus
 from zenml.exceptions import ZenKeyError
 from zenml.models import PipelineRunResponse, StepRunResponse
@@ -119,10 +121,14 @@ def _kept(pipeline: Pipeline, run: PipelineRunResponse) -> tuple[list[str], list
         done = run.steps.get(name)
         if done is None or not done.status.is_successful or step.config.enable_cache is False:
             continue
-        key = cache_utils.generate_cache_key(
-            step, done.inputs, client.active_stack.artifact_store, client.active_project.id
-        )
-        same = key == _ran(done).cache_key and set(step.spec.upstream_steps) <= set(kept)
+        # As the database gives it back: the key is made from the text of the parameters.
+        raw = json.loads(step.model_dump_json(exclude={"config"}))
+        stored = Step.from_dict(raw, snapshot.pipeline_configuration, exclude_hook_sources=False)
+        inputs = {name: done.inputs[name] for name in step.spec.normalized_inputs if name in done.inputs}
+        store, project = client.active_stack.artifact_store, client.active_project.id
+        same = cache_utils.generate_cache_key(stored, inputs, store, project) == _ran(done).cache_key and set(
+            step.spec.upstream_steps
+        ) <= set(kept)
         (kept if same else lost).append(name)
     return kept, lost
 

@@ -117,6 +117,9 @@ def _tell(pipeline: str, lock: str, error: BaseException) -> None:
         if run.config.extra.get(LOCK) == lock:
             continuing.note(error, run.name, _failed_step(run))
             _fail(run, reason, facts)
+            resource = RunMetadataResource(id=run.id, type=MetadataResourceTypes.PIPELINE_RUN)
+            failure = {"message": reason, "then": continuing.noted(error) or ""}
+            Client().create_run_metadata(metadata={"failure": failure}, resources=[resource])
 
 
 def _failed_step(run: PipelineRunResponse) -> str | None:

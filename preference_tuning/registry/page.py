@@ -41,9 +41,10 @@ def write(registry: FolderRegistry, path: Path) -> Path:
 
 
 def refresh(registry: FolderRegistry, path: Path) -> None:
-    """Write the page after something that is done already: what keeps it from that is a warning."""
+    """Write the page anew where there is one, after something that is done: what keeps it from that is a warning."""
     try:
-        write(registry, path)
+        if path.is_file():
+            write(registry, path)
     except PreferenceTuningError as error:
         sys.stderr.write(f"warning: {error}\n")
 
