@@ -116,7 +116,7 @@ def _kept(pipeline: Pipeline, run: PipelineRunResponse) -> tuple[list[str], list
     asked.prepare()
     given = {name: value for name, value in asked._run_args.items() if name != "prevent_build_reuse"}
     snapshot, *_ = asked._compile(**given)
-    client, kept, lost = Client(), list[str](), list[str]()
+    kept, lost = list[str](), list[str]()
     for name, step in snapshot.step_configurations.items():
         done = run.steps.get(name)
         if done is None or not done.status.is_successful or step.config.enable_cache is False:
@@ -124,13 +124,16 @@ def _kept(pipeline: Pipeline, run: PipelineRunResponse) -> tuple[list[str], list
         # As the database gives it back: the key is made from the text of the parameters.
         raw = json.loads(step.model_dump_json(exclude={"config"}))
         stored = Step.from_dict(raw, snapshot.pipeline_configuration, exclude_hook_sources=False)
-        inputs = {name: done.inputs[name] for name in step.spec.normalized_inputs if name in done.inputs}
-        store, project = client.active_stack.artifact_store, client.active_project.id
-        same = cache_utils.generate_cache_key(stored, inputs, store, project) == _ran(done).cache_key and set(
-            step.spec.upstream_steps
-        ) <= set(kept)
+        same = _key(stored, done) == _ran(done).cache_key and set(step.spec.upstream_steps) <= set(kept)
         (kept if same else lost).append(name)
     return kept, lost
+
+
+def _key(step: Step, done: StepRunResponse) -> str:
+    """Return the cache key that a step would have now on the inputs that it had."""
+    client = Client()
+    inputs = {name: done.inputs[name] for name in step.spec.normalized_inputs if name in done.inputs}
+    return cache_utils.generate_cache_key(step, inputs, client.active_stack.artifact_store, client.active_project.id)
 
 
 def _ran(step: StepRunResponse) -> StepRunResponse:

@@ -1,11 +1,13 @@
 """What a notification says of a run: facts for machines, and a text for people."""
 
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel
 
 from preference_tuning.config import RegistryConfig
 from preference_tuning.config.notify import Event
+from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.evaluation import catalogue
 from preference_tuning.evaluation.job import REPORT, SUMMARY, Evaluation
 from preference_tuning.registry import operations
@@ -96,7 +98,10 @@ def of(run: Run, config: RegistryConfig) -> Message | None:
         "champion": run.result.champion,
         "run": run.result.run or None,
     }
-    return told.model_copy(update={**facts, **_measured(FolderRegistry(config), run.result.version, run.result.links)})
+    found: dict[str, Any] = {"links": run.result.links}
+    with suppress(PreferenceTuningError, ValueError, LookupError, OSError):  # without figures is better than not at all
+        found = _measured(FolderRegistry(config), run.result.version, run.result.links)
+    return told.model_copy(update={**facts, **found})
 
 
 def _measured(registry: FolderRegistry, version: str, links: dict[str, str]) -> dict[str, Any]:
