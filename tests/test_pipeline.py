@@ -289,7 +289,9 @@ def test_zenmls_model_has_a_version_for_each_result(finished: Finished) -> None:
     assert "preference pairs" in found["description"]
     assert set(found["tags"]) == {"preference-tuning", "dpo", "tiny-model0", "promote"}
     (manifest,) = [found for found in manifests(project) if found["id"] == version]
-    metadata, figures = found["metadata"], {k: v for k, v in steps["evaluate"]["metadata"].items() if "/" in k}
+    of_models = ("base/", "sft/", "dpo/")
+    figures = {name: value for name, value in steps["evaluate"]["metadata"].items() if name.startswith(of_models)}
+    metadata = found["metadata"]
     assert {name: str(metadata[name]) for name in figures} == figures
     assert metadata["dpo/rewards/accuracies/low"] <= metadata["dpo/rewards/accuracies"], "with the ends of intervals"
     assert metadata["data_fingerprint"] == manifest["data"]["fingerprint"]
@@ -353,8 +355,9 @@ def test_a_push_is_part_of_the_run_and_is_finished_by_the_next(finished: Finishe
         assert hub.writes().count("put") == 1, "what is missing is continued"
         files = hub.repos["me/tiny"].files("main")
     model = project.folder / "outputs/registry/preference-tuned/versions" / version["id"] / "model"
-    assert {name for name in files if not (model / name).is_file()} == {"preference-tuning.json"}
-    assert all(path.read_bytes() == files[path.name] for path in model.iterdir())
+    published = {path.relative_to(model).as_posix(): path for path in model.rglob("*") if path.is_file()}
+    assert set(files) == {*published, "preference-tuning.json"}
+    assert all(path.read_bytes() == files[name] for name, path in published.items())
     runs = project.last_runs(2)
     wanted = {
         "load_preferences": "cached",

@@ -1,6 +1,5 @@
 """The process that answers what only torch and transformers know: ``python -m preference_tuning.preflight FOLDER``."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +7,16 @@ from typing import Any
 
 from preference_tuning import jobs
 from preference_tuning.errors import PreferenceTuningError
-from preference_tuning.models import chat, compute, machine, shapes
+from preference_tuning.models import chat, compute, shapes
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.tokenizer import load_tokenizer
 from preference_tuning.preflight.facts import Device, Facts, FactsJob, Problem, Template
 
 PROBE_SECONDS = 0.2
-BUSY = 1.5
-"""Processes that want to run, for each CPU, from which on a measured speed is that of a busy machine."""
+ROWS, WIDTH, INNER = 256, 576, 1536
+"""Of the matrices that a CPU multiplies: a layer of a small model."""
+TOGETHER = 0.9
+"""What a thread does beside others, of what it does alone."""
 SIDE = 4096
 """Of the square matrices that a GPU multiplies."""
 TALK = (
@@ -36,7 +37,6 @@ def main(folder: Path, job: FactsJob) -> Facts:
     facts.shapes = _part(facts, "model", lambda: shapes.read(job.base_model, job.source, job.output_dir, attention))
     if facts.compute is not None:
         facts.devices, facts.tflops = _devices(), _tflops(facts.compute)
-        facts.busy = os.getloadavg()[0] > BUSY * machine.usable_cpus()
     return facts
 
 
@@ -75,16 +75,24 @@ def _devices() -> list[Device]:
 
 
 def _tflops(chosen: Compute) -> float:
-    """Return the speed of plain matrix products; a CPU's was often measured for the choice already."""
-    known = chosen.measured.get(f"{chosen.dtype}/{chosen.threads}/tflops")
-    if known is not None:
-        return known
-    if chosen.device == "cuda":
-        return _of_gpu(chosen.dtype)
-    from preference_tuning.models import probe
+    """Return the speed of plain matrix products, in 10^12 operations a second."""
+    return _of_gpu(chosen.dtype) if chosen.device == "cuda" else chosen.threads * TOGETHER * _of_thread(chosen.dtype)
 
-    part = probe.Part(chosen.dtype, "product", chosen.threads)
-    return probe.FLOPS / probe.measure([part], PROBE_SECONDS)[part] / 1e12
+
+def _of_thread(dtype: str) -> float:
+    """Return what one CPU thread does in its own time: other processes may keep the machine busy now."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    left, right = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((ROWS, WIDTH), (WIDTH, INNER)))
+    least, end = float("inf"), time.thread_time() + PROBE_SECONDS
+    while time.thread_time() < end:
+        start = time.thread_time()
+        left @ right
+        least = min(least, time.thread_time() - start)
+    torch.set_num_threads(before)
+    return 2 * ROWS * WIDTH * INNER / least / 1e12
 
 
 def _of_gpu(dtype: str) -> float:

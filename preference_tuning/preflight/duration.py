@@ -4,8 +4,10 @@ The model: operations that the shapes of the model ask for, against the speed of
 machine, times the share of it that the engine reaches. docs/check.md has the formula and how far off it was.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
+from preference_tuning.models import machine
 from preference_tuning.models.shapes import Shapes
 from preference_tuning.preflight.batches import Row, lay_out
 from preference_tuning.preflight.findings import Area, Finding
@@ -18,6 +20,8 @@ BYTES_A_SECOND = {"cpu": 8e9, "cuda": 8e11}
 """Weights read a second while answers are generated, assumed."""
 STARTING = {"cpu": 15.0, "cuda": 40.0}
 """Seconds of a job outside of its work: a process, imports, loading a small model."""
+BUSY = 1.5
+"""Processes that want to run, for each CPU, from which on a machine is busy."""
 OFF = 2
 """Factor within which the model of time is right."""
 
@@ -34,8 +38,8 @@ def areas(world: World) -> Iterator[Finding]:
     seconds["starting"] = STARTING[kind] * (len(world.stages) + 2)
     parts = ", ".join(f"{name} {in_words(value)}" for name, value in seconds.items())
     area = Area("time")
-    if world.facts.busy:
-        yield area.warning("the speed of this machine was measured while it was busy: it will look slow", "use --probe")
+    if kind == "cpu" and os.getloadavg()[0] > BUSY * machine.usable_cpus():
+        yield area.warning("other processes keep the CPUs of this machine busy: beside them it takes longer")
     yield area.ok(
         f"about {in_words(sum(seconds.values()))} ({parts}), within a factor of {OFF}: operations against "
         f"{REACHED[kind]:.0%} of {speed:.2f} TFLOP/s; --probe measures it"

@@ -62,8 +62,6 @@ class Facts(BaseModel):
     devices: list[Device] = []
     tflops: float | None = None
     """Of plain matrix products in the precision of the run, measured here, in 10^12 operations a second."""
-    busy: bool = False
-    """Whether other processes kept the CPUs busy while that was measured."""
     problems: list[Problem] = []
 
 

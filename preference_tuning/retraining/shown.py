@@ -1,10 +1,14 @@
 """Runs as people and machines read them."""
 
 import json
+import textwrap
 from typing import Any
 
 from preference_tuning.retraining.decision import at, words
 from preference_tuning.retraining.history import QUIET, Run
+
+LONGEST = 100
+"""Characters of an outcome in the table; JSON has all of it."""
 
 Folded = tuple[Run, int]
 """A run, or the last of so many starts in a row that did not train."""
@@ -74,7 +78,7 @@ def _row(run: Run, times: int, several: bool) -> list[str]:
         words(run.ended - run.started) if run.ended and not quiet else "",
         run.fingerprints.data[:8] if run.fingerprints else "",
         run.result.version if run.result else "",
-        _told(run) + (f" ({times} times in a row)" if times > 1 else ""),
+        textwrap.shorten(_told(run), LONGEST, placeholder=" …") + (f" ({times} times in a row)" if times > 1 else ""),
     ]
 
 
