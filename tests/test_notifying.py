@@ -14,14 +14,23 @@ import pytest
 import yaml
 from registries import opened, publish
 
-from pipelines import ending
-from preference_tuning import config
+from pipelines import ending, telling
+from preference_tuning import config, continuing, interruption
 from preference_tuning.config import RunConfig
-from preference_tuning.errors import ConfigError
+from preference_tuning.errors import (
+    AlreadyRunningError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    InterruptedJobError,
+    OvertakenError,
+    PreferenceTuningError,
+)
 from preference_tuning.notifying import message, receivers, sending
 from preference_tuning.notifying.message import Message
 from preference_tuning.preflight import places
 from preference_tuning.registry.folder import FolderRegistry
+from preference_tuning.retraining import history
 from preference_tuning.retraining.history import Result, Run
 
 SECRET = "T000-canary-of-the-hook"
@@ -231,3 +240,43 @@ def test_mistakes_have_their_line_and_show_no_address(tmp_path: Path) -> None:
 def test_what_is_published_of_a_command_names_no_folder(tmp_path: Path) -> None:
     run = configured(tmp_path, {"to": "command", "run": ["/home/me/bin/tell.sh", "night"]})
     assert run.portable().model_dump(mode="json")["notify"][0]["run"] == ["tell.sh", "night"]
+
+
+# --- the last line of a failure ---------------------------------------------------------------------------------------
+
+LINES = {
+    "interrupted": (
+        InterruptedJobError("by SIGTERM"),
+        "Continue: the same command again, or python run.py resume 'my run'",
+    ),
+    "diverged": (DivergedError("nan\nmore"), "Change what it names in the config, then: python run.py train CONFIG"),
+    "overtaken": (OvertakenError("by v2"), "Continue: the same command again, or python run.py resume 'my run'"),
+    "data": (DataError("no rows"), "Mend it, then: python run.py resume 'my run'"),
+    "unexpected": (RuntimeError("a bug"), "Mend it, then: python run.py resume 'my run'"),
+}
+
+
+@pytest.mark.parametrize(("error", "after"), LINES.values(), ids=LINES)
+def test_the_last_line_says_what_why_and_what_now(
+    error: Exception, after: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "watch", lambda: None)
+    continuing.note(error, "my run", "train_dpo")
+    with pytest.raises(SystemExit) as ended, telling.told():
+        raise error
+    known = isinstance(error, PreferenceTuningError)
+    assert ended.value.code == (error.exit_code if isinstance(error, PreferenceTuningError) else 1)
+    shown = capsys.readouterr().err
+    why = str(error).splitlines()[0] if known else "RuntimeError: a bug"
+    assert shown.splitlines()[-1] == f"failed     train_dpo of my run: {why}. {after}"
+    assert ("Traceback" in shown) != known
+
+
+def test_what_fails_before_a_run_is_done_again_by_the_same_command() -> None:
+    error = ConfigError("3 problems in run.yaml\n  a\n  b")
+    assert continuing.last_line(error) == (
+        "failed     before the run began: 3 problems in run.yaml. Mend it, then: the same command again"
+    )
+    assert history.facts_of(AlreadyRunningError("already running: pid 3"))["then"].endswith(
+        "Later: the same command again"
+    )
