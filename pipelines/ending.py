@@ -22,9 +22,11 @@ def after(config: RunConfig, run: Run) -> None:
         config: of the run.
         run: as its history has it.
     """
-    if run.outcome in COMPLETED:
-        with _harmless("the registry's page"):
-            page.write(FolderRegistry(config.registry), page.place(config.output_dir, config.registry.name))
+    with _harmless("the registry's page"):
+        path, registry = page.place(config.output_dir, config.registry.name), FolderRegistry(config.registry)
+        # A run whose push failed has registered its version.
+        if run.outcome in COMPLETED or (run.outcome == "failed" and registry.ids()):
+            page.write(registry, path)
     if config.notify:
         with _harmless("notify"):
             told = message.of(run, config.registry)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from zenml import add_tags, get_step_context, log_metadata
+from zenml.metadata.metadata_types import Uri
 from zenml.utils.time_utils import utc_now
 
 
@@ -16,6 +17,8 @@ def answer(facts: dict[str, Any], verdict: str | None = None) -> None:
     run = get_step_context().pipeline_run
     if run.start_time:
         facts = {**facts, "duration": f"{(utc_now(run.start_time) - run.start_time).total_seconds():.0f} s"}
+    # Addresses as such are links in the dashboard.
+    facts = {name: Uri(fact) if str(fact).startswith("http") else fact for name, fact in facts.items()}
     log_metadata(metadata=facts, run_id_name_or_prefix=run.id)
     if verdict:
         add_tags(tags=[verdict], run=run.id)
