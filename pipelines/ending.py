@@ -22,11 +22,11 @@ def after(config: RunConfig, run: Run) -> None:
         config: of the run.
         run: as its history has it.
     """
-    with _harmless("the registry's page"):
-        path, registry = page.place(config.output_dir, config.registry.name), FolderRegistry(config.registry)
-        # A run whose push failed has registered its version.
-        if run.outcome in COMPLETED or (run.outcome == "failed" and registry.ids()):
-            page.write(registry, path)
+    if run.outcome in (*COMPLETED, "failed"):
+        with _harmless("the registry's page"):
+            registry = FolderRegistry(config.registry)
+            if registry.ids():  # a run whose push failed has registered its version
+                page.write(registry, page.place(config.output_dir, config.registry.name))
     if config.notify:
         with _harmless("notify"):
             told = message.of(run, config.registry)
