@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command line: train, retrain, check, data, evaluate, registry, track, ...; `run.py COMMAND --help` says more."""
+"""The command line: train, retrain, check, registry, ...; `run.py COMMAND --help` says more."""
 
 import argparse
 import json
@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_registry(commands)
     _add_track(commands)
     _add_retraining(commands)
+    text = "continue a run that failed or was interrupted from its last completed step"
+    verb = commands.add_parser("resume", help=text, description=text)
+    text = "name, id or the beginning of one; without it the last one that failed"
+    verb.add_argument("run", nargs="?", metavar="RUN", help=text)
+    verb.set_defaults(command=resume)
     _add_schedule(commands)
     verb = commands.add_parser(
         "dashboard", help="serve ZenML's dashboard and show a run in it", description="Start ZenML's dashboard."
@@ -138,6 +143,7 @@ def _add_registry(commands: Any) -> None:
     for name, text in {
         "list": "every version: its verdict, its figures, which one is the champion",
         "show": "all of one version: figures, data, base model, files, pushes",
+        "page": "write the whole registry as a page of HTML",
         "promote": "make a version the champion; its verdict must allow it",
         "rollback": "make the previous champion the champion again",
         "verify": "hash every file of a version again, load its model, and compare what it computes with what it did",
@@ -148,7 +154,7 @@ def _add_registry(commands: Any) -> None:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("--config", type=Path, metavar="CONFIG", help="a run config; without it outputs/registry")
         verb.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override")
-        if name not in ("list", "gc", "rollback"):
+        if name not in ("list", "page", "gc", "rollback"):
             default = None if name in ("promote", "export") else "champion"
             text = "`champion`, `previous`, an id or the beginning of one"
             verb.add_argument("version", nargs="?" if default else None, default=default, metavar="VERSION", help=text)
@@ -160,6 +166,9 @@ def _add_options(name: str, verb: argparse.ArgumentParser) -> None:
     """Add what only some verbs of `registry` have."""
     if name in ("list", "show", "verify"):
         verb.add_argument("--json", action="store_true", help="print one JSON document")
+    if name == "page":
+        text = "where to; without it registry-NAME.html in output_dir, which every run writes anew"
+        verb.add_argument("--to", type=Path, metavar="FILE", help=text)
     if name == "promote":
         text = "promote it against its verdict; the reason is kept in the history"
         verb.add_argument("--despite", metavar="REASON", help=text)
@@ -285,10 +294,15 @@ def registry(options: argparse.Namespace) -> None:
     from preference_tuning.registry.folder import FolderRegistry
 
     verbs = {
-        "list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "verify": _verify, "push": _push,
-        "export": _export, "gc": _gc,
+        "list": _list, "show": _show, "page": _page, "promote": _promote, "rollback": _rollback, "verify": _verify,
+        "push": _push, "export": _export, "gc": _gc,
     }  # fmt: skip
-    verbs[options.verb](options, FolderRegistry(loaded.registry if loaded else config.RegistryConfig()), loaded)
+    opened = FolderRegistry(loaded.registry if loaded else config.RegistryConfig())
+    verbs[options.verb](options, opened, loaded)
+    if options.verb in ("promote", "rollback", "gc", "push"):
+        from preference_tuning.registry import page
+
+        page.refresh(opened, page.place(_output_dir(loaded), opened.name))
 
 
 def _list(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
@@ -302,6 +316,12 @@ def _show(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunC
 
     told = shown.document(registry, options.version) if options.json else None
     print(json.dumps(told, indent=2) if told else shown.screen(registry, options.version))
+
+
+def _page(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
+    from preference_tuning.registry import page
+
+    print(page.write(registry, options.to or page.place(_output_dir(loaded), registry.name)))
 
 
 def _promote(options: argparse.Namespace, registry: "FolderRegistry", loaded: "RunConfig | None") -> None:
@@ -417,6 +437,13 @@ def retrain(options: argparse.Namespace) -> None:
 
     trigger = options.trigger or os.environ.get("PREFERENCE_TUNING_TRIGGER") or "retrain"
     sys.exit(retraining.command(options.config, options.set, trigger, options.json))
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Continue a run."""
+    from pipelines import resuming
+
+    resuming.resume(options.run)
 
 
 def history(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from zenml.entrypoints.base_entrypoint_configuration import ENTRYPOINT_CONFIG_SO
 from zenml.entrypoints.step_entrypoint_configuration import StepEntrypointConfiguration
 from zenml.execution.pipeline.utils import prevent_pipeline_execution
 
-from pipelines.training import told
+from pipelines.telling import told
 
 
 class InProject(StepEntrypointConfiguration):
@@ -25,7 +25,7 @@ class InProject(StepEntrypointConfiguration):
 def main(arguments: list[str]) -> None:
     """Run the step that ZenML's arguments name; a failure ends with its exit code."""
     at = arguments.index(f"--{ENTRYPOINT_CONFIG_SOURCE_OPTION}")
-    with told(), prevent_pipeline_execution():
+    with told(last=False), prevent_pipeline_execution():
         InProject(arguments=arguments[:at] + arguments[at + 2 :]).run()
 
 

@@ -1,42 +1,46 @@
 """Every run that starts here is in the history, whatever started it."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from zenml.models import PipelineRunResponse
 
+from pipelines import ending, naming
 from pipelines.runs import result_of
 from preference_tuning.config import RunConfig
 from preference_tuning.errors import PreferenceTuningError
 from preference_tuning.retraining import fingerprints
 from preference_tuning.retraining.history import History, Record, Run, now, recorded
 
-TRIGGER = "PREFERENCE_TUNING_TRIGGER"
-"""The environment variable that says who or what starts a run."""
-
 Ended = Callable[[PipelineRunResponse | None], PipelineRunResponse | None]
 
 
 @contextmanager
-def written_down(config: RunConfig | None) -> Iterator[Ended]:
+def written_down(config: RunConfig | None, trigger: str | None) -> Iterator[Ended]:
     """Write down that a run starts, and how it ends; yield what is to be told of it then.
 
     Args:
         config: of the run; None: nothing is written down.
+        trigger: who or what starts it; None: as the environment says.
     """
     if config is None:
         yield lambda run: run
         return
     run = Run(
         name=config.registry.name,
-        trigger=os.environ.get(TRIGGER) or "manual",
+        trigger=trigger or naming.trigger(),
         started=now(),
         fingerprints=fingerprints.of(config),
     )
-    with recorded(History(Path(config.output_dir)), run) as record:
-        yield lambda ended: _end(record, ended)
+    records: list[Record] = []
+    try:
+        with recorded(History(Path(config.output_dir)), run) as record:
+            records.append(record)
+            yield lambda ended: _end(record, ended)
+    finally:
+        for record in records:
+            ending.after(config, record.run)
 
 
 def _end(record: Record, run: PipelineRunResponse | None) -> PipelineRunResponse | None:

@@ -5,7 +5,6 @@ ZenML is imported only when something is trained: a night without news takes a s
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,13 @@ from typing import Any, TextIO
 
 import yaml
 
+from pipelines import ending, naming
+from preference_tuning import continuing
 from preference_tuning.config import RunConfig, RunFile, load
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.retraining import shown
 from preference_tuning.retraining.attempt import attempt
 from preference_tuning.retraining.history import Result, Run
-
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
 def command(path: Path, overrides: Sequence[str], trigger: str, as_json: bool) -> int:
@@ -44,6 +43,8 @@ def command(path: Path, overrides: Sequence[str], trigger: str, as_json: bool) -
         print(shown.as_json(ended) if as_json else shown.line(ended), file=out)
     if ended.error:
         print(f"error: {ended.error}", file=sys.stderr)
+    if ended.then:
+        print(f"{continuing.HEAD}{ended.then}", file=sys.stderr)
     return ended.exit_code or 0
 
 
@@ -61,12 +62,13 @@ def retrain(file: RunFile, name: str, trigger: str) -> Run:
     """
     if "schedule" in file.document:
         raise ConfigError("schedule: ZenML is to start the runs of this config, so retrain cannot; remove the section")
-    if not NAME.match(trigger):
-        raise ConfigError(f"--trigger: {trigger!r} must be a word of letters, digits, '.', '_' and '-', 64 at most")
-    return attempt(file.config, trigger, lambda config: _train(_document(file, config, trigger), name))
+    naming.check_trigger(trigger, "--trigger")
+    run = attempt(file.config, trigger, lambda config: _train(_document(file, config), name, trigger))
+    ending.after(file.config, run)
+    return run
 
 
-def _train(document: dict[str, Any], name: str) -> Result:
+def _train(document: dict[str, Any], name: str, trigger: str) -> Result:
     """Run the pipeline, wait for its end, and return what it left in the registry."""
     from pipelines.runs import finished, result_of
     from pipelines.training import training
@@ -75,23 +77,18 @@ def _train(document: dict[str, Any], name: str) -> Result:
         written = Path(folder) / name
         written.write_text(yaml.safe_dump(document), encoding="utf-8")
         pipeline = training.copy()
-        pipeline.commanded = True
+        pipeline.commanded, pipeline.trigger = True, trigger
         run = pipeline.with_options(config_path=str(written))()
     assert run is not None, "only a schedule makes no run"
     return result_of(finished(run))
 
 
-def _document(file: RunFile, config: RunConfig, trigger: str) -> dict[str, Any]:
-    """Return what ZenML reads: the file with what was decided for this run, named and tagged by its trigger."""
+def _document(file: RunFile, config: RunConfig) -> dict[str, Any]:
+    """Return what ZenML reads: the file with what was decided for this run."""
     parameters = dict(file.document["parameters"])
     if config.training.unfinished != file.config.training.unfinished:
         parameters["training"] = {**parameters.get("training", {}), "unfinished": config.training.unfinished}
-    return {
-        "run_name": f"{config.registry.name}-{trigger}-{{date}}-{{time}}",
-        **file.document,
-        "parameters": parameters,
-        "tags": [*file.document.get("tags", []), trigger],
-    }
+    return {**file.document, "parameters": parameters}
 
 
 @contextmanager

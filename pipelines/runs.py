@@ -19,12 +19,14 @@ from zenml.client import Client
 from zenml.constants import STR_FIELD_MAX_LENGTH
 from zenml.enums import ExecutionStatus, MetadataResourceTypes
 from zenml.models import ExceptionInfo, PipelineRunResponse, PipelineRunUpdate, RunMetadataResource, StepRunUpdate
+from zenml.utils import dashboard_utils
 from zenml.utils.time_utils import utc_now
 
+from preference_tuning import continuing
 from preference_tuning.errors import PreferenceTuningError, find
 from preference_tuning.retraining.history import Result
 
-LOCK, HOST = "lock", "host"
+LOCK, HOST, FOLDER = "lock", "host", "folder"
 LOOK_SECONDS = 10.0
 """Between two looks at a run on another machine."""
 KILLED = "its process was killed; the next start found it and marked it as failed"
@@ -42,14 +44,14 @@ def alive(pipeline: str, output_dir: Path) -> Iterator[dict[str, str]]:
         return
     lock = (output_dir / "runs" / f"{uuid.uuid4().hex}.lock").absolute()
     lock.parent.mkdir(parents=True, exist_ok=True)
-    _reconcile(pipeline)
+    reconcile(pipeline)
     _clear(lock.parent)
     aside = lock.with_suffix(".new")
     with aside.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         aside.rename(lock)  # held from the moment that others can see it
         try:
-            yield {LOCK: str(lock), HOST: socket.gethostname()}
+            yield {LOCK: str(lock), HOST: socket.gethostname(), FOLDER: str(Path.cwd())}
         except BaseException as error:
             _tell(pipeline, str(lock), error)
             raise
@@ -76,12 +78,16 @@ def result_of(run: PipelineRunResponse) -> Result:
         raise PreferenceTuningError(
             f"run {run.name} {run.status.value}: {run.get_body().status_reason or 'no reason is known'}"
         )
-    return Result.model_validate({**run.steps["register"].run_metadata, "run": run.name})
+    told = run.steps["register"].run_metadata
+    links = {"dashboard": dashboard_utils.get_run_url(run), "comet": told.get("comet/url")}
+    return Result.model_validate(
+        {**told, "run": run.name, "links": {name: str(link) for name, link in links.items() if link}}
+    )
 
 
-def _reconcile(pipeline: str) -> None:
+def reconcile(pipeline: str) -> None:
     """Mark the runs as failed whose process was killed."""
-    for run in _runs(pipeline, in_progress=True):
+    for run in runs_of(pipeline, in_progress=True):
         extra = run.config.extra
         lock = Path(extra.get(LOCK, ""))
         if extra.get(HOST) != socket.gethostname() or not lock.parent.is_dir():
@@ -107,12 +113,21 @@ def _tell(pipeline: str, lock: str, error: BaseException) -> None:
     known = find(error)
     reason = str(known or f"{type(error).__name__}: {error}")
     facts = {"message": reason, "exit_code": known.exit_code if known else 1, **(known.facts if known else {})}
-    for run in _runs(pipeline, size=10):
+    for run in runs_of(pipeline, size=10):
         if run.config.extra.get(LOCK) == lock:
+            continuing.note(error, run.name, _failed_step(run))
             _fail(run, reason, facts)
+            resource = RunMetadataResource(id=run.id, type=MetadataResourceTypes.PIPELINE_RUN)
+            failure = {"message": reason, "then": continuing.noted(error) or ""}
+            Client().create_run_metadata(metadata={"failure": failure}, resources=[resource])
 
 
-def _runs(pipeline: str, **which: Any) -> list[PipelineRunResponse]:
+def _failed_step(run: PipelineRunResponse) -> str | None:
+    """Return the step that a run ended in, if it was in one."""
+    return next((name for name, step in run.steps.items() if not step.status.is_successful), None)
+
+
+def runs_of(pipeline: str, **which: Any) -> list[PipelineRunResponse]:
     """Return runs of the pipeline, the newest first; none if it never ran."""
     if not Client().list_pipelines(name=pipeline, size=1).items:
         return []

@@ -4,13 +4,11 @@ Wiring and cache policy, nothing else. It starts with `python run.py train CONFI
 `zenml pipeline run pipelines.training.training -c CONFIG`; both check the whole config first.
 """
 
-import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from zenml.client import Client
@@ -18,16 +16,18 @@ from zenml.config import CachePolicy
 from zenml.enums import ExecutionMode
 from zenml.pipelines.pipeline_definition import Pipeline
 
-from pipelines import stack, startup  # noqa: F401 (startup takes effect when it is imported)
+from pipelines import naming, stack, startup  # noqa: F401 (startup takes effect when it is imported)
 from pipelines.recording import written_down
 from pipelines.runs import alive
-from preference_tuning import fingerprint, interruption, preflight
+from pipelines.telling import told
+from preference_tuning import fingerprint, preflight
 from preference_tuning.config import (
     BaseModelConfig,
     DataConfig,
     DPOConfig,
     EvaluationConfig,
     LoraConfig,
+    Receiver,
     RegistryConfig,
     RetrainConfig,
     RunConfig,
@@ -37,7 +37,6 @@ from preference_tuning.config import (
     load,
 )
 from preference_tuning.data.job import fingerprints_of
-from preference_tuning.errors import find
 from preference_tuning.evaluation.job import inputs_of
 from preference_tuning.models.source import locate, template_file
 from steps.context import give_secrets
@@ -47,6 +46,11 @@ from steps.push import push
 from steps.register import register
 from steps.train_dpo import train_dpo
 from steps.train_sft import train_sft
+
+OPTIONS = "options"
+"""In the ``extra`` of a run: what its file said to ZenML, for whoever resumes it."""
+OWN = ("parameters", "run_name", "schedule")
+"""Of a file: what a run has in its own right, or for itself alone."""
 
 _runs_later: ContextVar[bool] = ContextVar("runs_later", default=False)
 """Whether the pipeline is compiled for a schedule."""
@@ -75,6 +79,7 @@ def _training(
     registry: RegistryConfig = RegistryConfig(),
     tracking: TrackingConfig = TrackingConfig(),
     retrain: RetrainConfig = RetrainConfig(),
+    notify: tuple[Receiver, ...] = (),
 ) -> None:
     """Tune a base model on preference pairs; each parameter is a section of the run config."""
     # Steps read output_dir and tracking from the run: where things go does not decide what is cached.
@@ -129,59 +134,49 @@ class CheckedPipeline(Pipeline):
     run_config: RunConfig | None = None
     commanded = False
     """Whether a command runs it that writes down what becomes of it, and tells of failures."""
+    trigger: str | None = None
+    """Who or what starts it; None: as the environment says."""
+    options: Mapping[str, Any] = MappingProxyType({})
+    """What the file says to ZenML beside the parameters."""
 
     def with_options(self, *args: Any, **kwargs: Any) -> Pipeline:
         """Check the config and what it points to, then let ZenML apply it."""
         with told(self.commanded):
             config_path = kwargs.get("config_path")
             loaded = load(Path(config_path)) if config_path else None
-            config = loaded.config if loaded else None
-            if loaded and config:
-                give_secrets(config.registry)
-                more = (("stack", lambda _: stack.look(loaded.document, loaded.config)),)
-                print(preflight.check(config, more=more))
-            pipeline = super().with_options(*args, **kwargs)
-            if config and isinstance(pipeline, CheckedPipeline):
-                pipeline.output_dir, pipeline.run_config = Path(config.output_dir), config
-                pipeline.scheduled = bool(kwargs.get("schedule") or (loaded and loaded.document.get("schedule")))
+            if loaded is None:
+                return super().with_options(*args, **kwargs)
+            config, document = loaded.config, loaded.document
+            give_secrets(config.registry)
+            more = (("stack", lambda _: stack.look(document, config)),)
+            print(preflight.check(config, more=more))
+            scheduled = bool(kwargs.get("schedule") or document.get("schedule"))
+            trigger = self.trigger or naming.trigger("schedule" if scheduled else "manual")
+            if "run_name" not in document:
+                kwargs.setdefault("run_name", naming.name(config, trigger))
+            tags = [*kwargs.pop("tags", []), *document.get("tags", []), *naming.tags(config, trigger)]
+            pipeline = super().with_options(*args, tags=tags, **kwargs)
+            assert isinstance(pipeline, CheckedPipeline)
+            pipeline.output_dir, pipeline.run_config = Path(config.output_dir), config
+            pipeline.scheduled, pipeline.trigger = scheduled, trigger
+            pipeline.options = {name: value for name, value in document.items() if name not in OWN}
             return pipeline
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; a failure that the user can act on ends with its exit code, without a traceback."""
         config = None if self.commanded else self.run_config
-        with told(self.commanded), written_down(config) as ended, alive(self.name, self.output_dir) as extra:
-            self.configure(extra=extra, execution_mode=_execution_mode())
+        with (
+            told(self.commanded),
+            written_down(config, self.trigger) as ended,
+            alive(self.name, self.output_dir) as extra,
+        ):
+            kept = {OPTIONS: dict(self.options)} if self.options else {}
+            self.configure(extra={**extra, **kept}, execution_mode=_execution_mode())
             token = _runs_later.set(self.scheduled)
             try:
                 return ended(super().__call__(*args, **kwargs))
             finally:
                 _runs_later.reset(token)
-
-
-class _Unexplained(logging.Filter):
-    """Keeps ZenML from printing the traceback of a failure that is told in one message."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and find(record.exc_info[1]))
-
-
-_unexplained = _Unexplained()
-
-
-@contextmanager
-def told(by_caller: bool = False) -> Iterator[None]:
-    """Turn our errors, and signals, into a message and their exit code, unless that is the caller's part."""
-    interruption.watch()
-    for handler in (*logging.getLogger().handlers, *logging.getLogger("zenml").handlers):
-        handler.addFilter(_unexplained)
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        known = find(error)
-        if known is None or by_caller:
-            raise
-        print(f"error: {known}", file=sys.stderr)
-        raise SystemExit(known.exit_code) from None
 
 
 def _execution_mode() -> ExecutionMode:

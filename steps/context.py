@@ -28,7 +28,7 @@ class Run:
     name: str
     config: RunConfig
     fresh: bool
-    """Whether finished work is to be done anew (`--no-cache`)."""
+    """Whether finished work is to be done anew (`--no-cache`); a run that goes on has begun its own anew already."""
     url: str | None = None
     """Where ZenML's dashboard shows the run, if there is a server."""
 
@@ -53,7 +53,7 @@ class Run:
     def tracking(self) -> Tracking:
         """The tracking of the run; the id of the ZenML run is the key of its one experiment in Comet."""
         root = (self.output_dir / "tracking").absolute()
-        settings = self.config.portable().model_dump(mode="json")
+        settings = self.config.portable().model_dump(mode="json", exclude={"notify"})  # who is told is no setting
         return Tracking(root, self.config.tracking, self.id, self.name, settings, self.url)
 
 
@@ -65,7 +65,7 @@ def current_run() -> Run:
         id=run.id.hex,
         name=run.name,
         config=RunConfig.model_validate(run.config.parameters),
-        fresh=run.config.enable_cache is False,
+        fresh=run.config.enable_cache is False and run.original_run is None,
         url=dashboard_utils.get_run_url(run),
     )
 

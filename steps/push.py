@@ -8,6 +8,7 @@ from zenml.types import HTMLString
 
 from preference_tuning.config import RegistryConfig
 from preference_tuning.registry.pushing import report, targets
+from steps.answers import answer
 from steps.context import current_run, give_secrets
 
 
@@ -19,6 +20,7 @@ def push(version: str, registry: RegistryConfig) -> None:
     _, receipts = targets.push(run.config, version, run.output_dir)
     if receipts:
         log_metadata(report.metadata(receipts))
+        answer({"pushes": report.metadata(receipts)})
         # Saved here and not returned: a step that fails returns nothing.
         save_artifact(HTMLString(report.page(version, receipts)), name="pushes")
         print(report.render(receipts))

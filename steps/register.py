@@ -6,7 +6,7 @@ Never cached: it is idempotent and quick, and what it changes lies outside the a
 from pathlib import Path
 from typing import Annotated
 
-from zenml import get_step_context, log_metadata, step
+from zenml import log_metadata, step
 from zenml.types import HTMLString
 
 from preference_tuning import tracked
@@ -14,8 +14,9 @@ from preference_tuning.config import BaseModelConfig, RegistryConfig
 from preference_tuning.data.table import Dataset
 from preference_tuning.evaluation import job
 from preference_tuning.models.source import locate
-from preference_tuning.registry import result, summary
+from preference_tuning.registry import answers, result, summary
 from steps import models
+from steps.answers import answer
 from steps.context import current_run, give_secrets
 
 
@@ -51,8 +52,8 @@ def register(
         tracked.complete(run.tracking, outcome, registered)
     run.tracking.close()
     log_metadata({**registered.metadata(), **run.tracking.links()})
-    if links := run.tracking.links():
-        log_metadata(metadata={**links}, run_id_name_or_prefix=get_step_context().pipeline_run.id)
+    links = run.tracking.links()
+    answer({**answers.of_run(outcome, registered), **links}, registered.verdict.decision)
     models.record(registered, registry)
     print(summary.render(outcome, registered, run.tracking.told()))
     report = (registered.evaluation / job.REPORT).read_text(encoding="utf-8")

@@ -93,6 +93,48 @@ def test_every_version_in_a_table(registry: FolderRegistry, tmp_path: Path, comm
     assert (row["rewards/accuracies"]["low"], row["pushes"]) == (0.5, {"huggingface:org/m": "failed"})
 
 
+def test_the_registry_as_a_page(registry: FolderRegistry, tmp_path: Path, command: Command) -> None:
+    page = tmp_path / "pages" / "m.html"
+    assert command("page", "--to", str(page)) == (0, f"{page}\n")
+    assert "none yet" in page.read_text(encoding="utf-8")
+    one, two = publish(registry, tmp_path, "1"), publish(registry, tmp_path, "2", verdict=HOLD)
+    registry.promote(one, how="despite", reason="<script>alert(1)</script>")
+    pushed(registry, one)
+    assert command("page", "--to", str(page))[0] == 0
+    html = page.read_text(encoding="utf-8")
+    for text in (
+        f"<b>{one}</b><span>champion</span>",
+        "0.750 [0.500, 1.000]",
+        "<svg",
+        f"<title>{two}: ",
+        "<span class='badge hold'>hold</span>",
+        "loss: 0.9, wanted at most 0.5",
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "huggingface:org/m",
+        "<span class='badge failed'>failed</span>",
+        "no such repository",
+    ):
+        assert text in html, text
+    assert "<script" not in html
+    assert [path.name for path in page.parent.iterdir()] == ["m.html"], "nothing is left beside it"
+
+
+def test_a_verb_writes_the_page_anew_where_there_is_one(
+    registry: FolderRegistry, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = publish(registry, tmp_path, "1"), publish(registry, tmp_path, "2")
+    registry.promote(one)
+    page = tmp_path / "outputs" / "registry-m.html"
+    registry.promote(two)
+    assert command("rollback")[0] == 0
+    assert not page.exists()
+    assert command("page") == (0, "outputs/registry-m.html\n")
+    assert f"<b>{one}</b><span>champion</span>" in page.read_text(encoding="utf-8")
+    assert command("rollback")[0] == 0
+    assert f"<b>{two}</b><span>champion</span>" in page.read_text(encoding="utf-8")
+
+
 def test_all_of_one_version(registry: FolderRegistry, tmp_path: Path, command: Command) -> None:
     one, two = publish(registry, tmp_path, "1", verdict=HOLD), publish(registry, tmp_path, "2", against="f" * 16)
     registry.promote(two, "5" * 64)

@@ -8,6 +8,7 @@ from preference_tuning.config.evaluation import EvaluationConfig, GateConfig
 from preference_tuning.config.harness import HarnessConfig
 from preference_tuning.config.judge import JudgeConfig
 from preference_tuning.config.loading import RunFile, load, load_data
+from preference_tuning.config.notify import AlerterNotify, CommandNotify, Receiver, WebhookNotify
 from preference_tuning.config.place import portable
 from preference_tuning.config.registry import CometPush, HuggingFacePush, MLflowPush, PushTarget, RegistryConfig
 from preference_tuning.config.retrain import RetrainConfig
@@ -25,9 +26,11 @@ from preference_tuning.config.training import TrainingConfig
 
 __all__ = [
     "PORTABLE",
+    "AlerterNotify",
     "BaseModelConfig",
     "Columns",
     "CometPush",
+    "CommandNotify",
     "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "Origin",
     "Problems",
     "PushTarget",
+    "Receiver",
     "RegistryConfig",
     "RetrainConfig",
     "RunConfig",
@@ -50,6 +54,7 @@ __all__ = [
     "StageConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "WebhookNotify",
     "load",
     "load_data",
     "portable",

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from preference_tuning.config import secrecy
 from preference_tuning.config.data import DataConfig
+from preference_tuning.config.notify import UNKNOWN_RECEIVER
 from preference_tuning.config.registry import UNKNOWN_TARGET
 from preference_tuning.config.schema import RunConfig
 from preference_tuning.config.section import UNSHOWN, Section
@@ -336,7 +337,7 @@ def _explain(item: Any, loc: KeyPath, parameters: Any) -> str:
         return "is required"
     if item["type"] == UNSHOWN:
         return str(item["msg"])
-    if item["type"] == UNKNOWN_TARGET:
+    if item["type"] in (UNKNOWN_TARGET, UNKNOWN_RECEIVER):
         to = item["input"].get("to") if isinstance(item["input"], dict) else None
         return f"to {to!r}: {item['msg']}" if to is not None else str(item["msg"])
     message = str(item["msg"]).removeprefix("Value error, ")

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from preference_tuning.config.data import DataConfig
 from preference_tuning.config.evaluation import EvaluationConfig
+from preference_tuning.config.notify import Receiver
 from preference_tuning.config.place import Place
 from preference_tuning.config.registry import RegistryConfig
 from preference_tuning.config.retrain import RetrainConfig
@@ -197,6 +198,8 @@ class RunConfig(Section):
     registry: RegistryConfig = RegistryConfig()
     tracking: TrackingConfig = TrackingConfig()
     retrain: RetrainConfig = RetrainConfig()
+    notify: tuple[Receiver, ...] = ()
+    """Who is told what became of a run."""
 
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Yield ``(path of the field, message)`` for settings that are fine alone and wrong together."""

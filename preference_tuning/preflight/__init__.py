@@ -51,6 +51,7 @@ AREAS: tuple[tuple[str, Looks], ...] = (
     _plain("registry", places.registry),
     _plain("pushes", places.pushes),
     _plain("tracking", places.tracking),
+    _plain("notify", places.notify),
 )
 TO_EVALUATE = ("model", "judges", "outputs", "registry")
 """What has to be right where nothing is trained."""

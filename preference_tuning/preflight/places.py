@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from preference_tuning.config import RunConfig
+from preference_tuning.config import AlerterNotify, RunConfig
 from preference_tuning.errors import ConfigError
 from preference_tuning.evaluation import general, harness, judge
 from preference_tuning.models.devices import processes_of
+from preference_tuning.notifying import receivers
 from preference_tuning.preflight.findings import Area, Finding
 from preference_tuning.preflight.world import World
 from preference_tuning.registry.folder import FolderRegistry
@@ -79,6 +80,19 @@ def pushes(config: RunConfig) -> str:
     if wrong:
         raise ConfigError("\n".join(wrong))
     return f"\n{'':10}".join(told) or "none"
+
+
+def notify(config: RunConfig) -> str:
+    """Return who is told what becomes of the run; whom it would not reach is a warning, as it harms no run."""
+    lines = []
+    for place, receiver in enumerate(config.notify):
+        if isinstance(receiver, AlerterNotify):
+            continue  # of ZenML's stack
+        try:
+            lines.append(receivers.check(receiver))
+        except ConfigError as error:
+            lines.append(f"warning: notify.{place}: {error}")
+    return "\n".join([f"{len(config.notify)} receivers" if config.notify else "nobody", *lines])
 
 
 def tracking(config: RunConfig) -> str:

@@ -127,11 +127,16 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["created"][:16].replace("T", " "),
         row["finetuning_type"],
         row["base_model"] or "",
-        catalogue.in_line(KEY, _figure(row[KEY])) if row[KEY] else "",
+        accuracy(row),
         row["decision"],
         row["state"] or "",
         ", ".join(f"{target} {state}" for target, state in row["pushes"].items()),
     )
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """Return the reward accuracy of a version in the overview, with its interval."""
+    return catalogue.in_line(KEY, _figure(row[KEY])) if row[KEY] else ""
 
 
 def _state(id: str, champion: Champion | None, previous: Pointer | None) -> str | None:
@@ -158,7 +163,7 @@ def _of_version(registry: FolderRegistry, version: Version) -> Iterator[str]:
 
 def _figures(version: Version) -> list[str]:
     """Return the main figures of every model with their intervals."""
-    models = _figures_of(version)
+    models = figures_of(version)
     rows = [
         (words, *(catalogue.in_line(name, figures.get(name)) for figures in models.values()))
         for name, words in catalogue.main(models).items()
@@ -166,7 +171,8 @@ def _figures(version: Version) -> list[str]:
     return _aligned([("figures", *models), *rows]) if rows else ["no figures"]
 
 
-def _figures_of(version: Version) -> dict[str, dict[str, Figure]]:
+def figures_of(version: Version) -> dict[str, dict[str, Figure]]:
+    """Return the figures of every model that a version was measured beside, and its own."""
     models = version.metrics.get("models", {})
     return {model: {name: _figure(value) for name, value in figures.items()} for model, figures in models.items()}
 

@@ -3,7 +3,17 @@
 ZenML's dashboard shows HTML in a sandboxed frame without scripts, so a chart is drawn here or not at all.
 """
 
-from preference_tuning.reports.drawing import Chart, Interval, Tone, bars, forest, histogram, line_chart, scatter
+from preference_tuning.reports.drawing import (
+    Chart,
+    Interval,
+    Tone,
+    bars,
+    forest,
+    histogram,
+    line_chart,
+    scatter,
+    upright,
+)
 from preference_tuning.reports.markup import (
     Html,
     badge,
@@ -54,4 +64,5 @@ __all__ = [
     "strong",
     "table",
     "text",
+    "upright",
 ]

@@ -168,6 +168,26 @@ def forest(title: str, intervals: Sequence[Interval], x_label: str) -> Html:
     return _figure(title, "".join(parts), [], height=bottom + 34, width=width)
 
 
+def upright(title: str, intervals: Sequence[Interval], x_label: str) -> Html:
+    """Return values with their intervals beside each other, in their order; those that are not finite are left out."""
+    drawn = [(place, i) for place, i in enumerate(intervals, 1) if all(map(math.isfinite, (i.low, i.value, i.high)))]
+    if not drawn:
+        return Html("")
+    ends = [end for _, i in drawn for end in (i.low, i.high)]
+    ticks = _ticks(min(ends), max(ends))
+    plot = _Plot((0.5, len(intervals) + 0.5), (min(ticks[0], *ends), max(ticks[-1], *ends)))
+    every = math.ceil(len(intervals) / 12)
+    parts = [plot.grid([float(place) for place in range(1, len(intervals) + 1, every)], ticks, x_label)]
+    for place, i in drawn:
+        x, colour = plot.x(place), TONES[i.tone]
+        parts.append(
+            f"<g><title>{text(i.name)}: {text(i.shown)}</title>"
+            f"<line x1='{x}' x2='{x}' y1='{plot.y(i.low)}' y2='{plot.y(i.high)}' stroke='{colour}' stroke-width='2.4'/>"
+            f"<circle cx='{x}' cy='{plot.y(i.value)}' r='4.2' fill='{colour}'/></g>"
+        )
+    return _figure(title, "".join(parts), [])
+
+
 class _Plot:
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:
         self._x0, self._xr = xs[0], (xs[1] - xs[0]) or 1.0

@@ -28,7 +28,7 @@ svg text{font:11px system-ui,'DejaVu Sans',sans-serif;fill:#5f6b7a}
 mark{background:none;color:inherit}mark.prompt{color:#5f6b7a}mark.chosen{background:#d7efdf}mark.rejected{background:#fbe3d3}
 mark.cut{color:#9aa5b1;text-decoration:line-through}mark.special{font-weight:700;outline:1px solid #c7d0da;border-radius:3px}
 .badge{display:inline-block;white-space:nowrap;border-radius:999px;padding:2px 12px;font-weight:600;color:#fff;background:#5f6b7a}
-.promote,.passed,.done{background:#2e8b57}.hold,.failed{background:#b0413e}
+.promote,.passed,.done,.champion{background:#2e8b57}.hold,.failed{background:#b0413e}
 .inconclusive,.undecided,.warning,.pending{background:#b7791f}.skipped{background:#9aa5b1}
 .muted{color:#9aa5b1}small{color:#5f6b7a;font-size:12px;font-weight:400}
 li{margin:3px 0}details{margin:6px 0}summary{cursor:pointer;color:#2f6fde;font-size:13px}

@@ -18,6 +18,7 @@ ELSEWHERE: dict[str, Any] = {
     "registry": True,
     "tracking": True,
     "retrain": True,
+    "notify": True,
     "base_model": {"source", "revision", "chat_template"},
     "training": {"retries", "save_every_minutes", "strict_resume", "unfinished"},
     "evaluation": {"general": True, "lm_eval": {"include_path"}},

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from preference_tuning import continuing
 from preference_tuning.errors import ConfigError, InterruptedJobError, find
 from preference_tuning.jobs import starter
 from preference_tuning.retraining.fingerprints import Fingerprints
@@ -48,6 +49,8 @@ class Result(BaseModel):
     champion: str
     run: str = ""
     """The name of the run in ZenML."""
+    links: dict[str, str] = {}
+    """Where else it can be seen."""
 
 
 class Run(BaseModel):
@@ -71,6 +74,8 @@ class Run(BaseModel):
     exit_code: int | None = None
     result: Result | None = None
     error: str | None = None
+    then: str | None = None
+    """Of a run that failed: what it was in, and the command that continues it."""
 
     @property
     def lives(self) -> bool:
@@ -196,4 +201,5 @@ def facts_of(error: BaseException) -> dict[str, Any]:
         "outcome": "interrupted" if interrupted else "failed",
         "exit_code": code,
         "error": str(known) if known else f"{type(error).__name__}: {error}",
+        "then": continuing.last_line(error).removeprefix(continuing.HEAD),
     }
