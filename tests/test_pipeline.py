@@ -22,6 +22,7 @@ from conftest import ROOT, Finished, Project, make_project, preference_rows, sta
 from test_tracking import values
 
 from preference_tuning import interruption
+from preference_tuning.config import RunConfig
 from preference_tuning.errors import ConfigError, DataError, DivergedError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.interruption import Interruption
 from preference_tuning.tracking import overview
@@ -140,9 +141,7 @@ def test_an_experiment_says_all_of_its_run(finished: Finished, tracked: RunFolde
     assert parameters["dpo/beta"] == str(config["dpo"]["beta"])
     assert parameters["lora/rank"] == "8"
     assert parameters["base_model/source"] == Path(config["base_model"]["source"]).name
-    assert {name.split("/")[0] for name in parameters} == {
-        "base_model", "data", "dpo", "evaluation", "finetuning_type", "lora", "output_dir", "registry", "sft", "tracking", "training",
-    }  # fmt: skip
+    assert {name.split("/")[0] for name in parameters} == set(RunConfig.model_fields)
     steps, others = finished.run["steps"], {k: v for a in archives.values() for k, v in a.others.items()}
     assert others["data/fingerprint"] == steps["load_preferences"]["metadata"]["fingerprint"]
     assert others["data/train"] == int(steps["load_preferences"]["metadata"]["train"])

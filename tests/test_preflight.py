@@ -319,19 +319,19 @@ for token in ("", "hf_wrong", "hf_granted"):
 def test_a_plain_look_becomes_findings(run: Callable[..., RunConfig]) -> None:
     """Other areas are one function of the config: a text, lines of warnings, or an error."""
     looks: dict[str, Callable[[RunConfig], str]] = {
-        "pushes": lambda config: f"to one place\n          warning: {config.finetuning_type} is slow",
+        "plain": lambda config: f"to one place\n          warning: {config.finetuning_type} is slow",
         "broken": lambda config: (_ for _ in ()).throw(DataError("no such row")),
     }
     more = [
         (name, lambda world, n=name, look=look: findings.of_look(n, look, world.config)) for name, look in looks.items()
     ]
-    found = preflight.look(run(), only=("pushes", "broken"), more=more)
+    found = preflight.look(run(), only=("plain", "broken"), more=more)
     assert [(f.area, f.level, f.text) for f in found] == [
-        ("pushes", "ok", "to one place"),
-        ("pushes", "warning", "dpo is slow"),
+        ("plain", "ok", "to one place"),
+        ("plain", "warning", "dpo is slow"),
         ("broken", "error", "no such row"),
     ]
-    assert findings.lines(found[:2]) == "pushes    ok: to one place\n          warning: dpo is slow"
+    assert findings.lines(found[:2]) == "plain     ok: to one place\n          warning: dpo is slow"
 
 
 def test_the_table_says_what_to_do() -> None:
