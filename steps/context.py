@@ -53,7 +53,7 @@ class Run:
     def tracking(self) -> Tracking:
         """The tracking of the run; the id of the ZenML run is the key of its one experiment in Comet."""
         root = (self.output_dir / "tracking").absolute()
-        settings = self.config.portable().model_dump(mode="json", exclude={"notify"})  # who is told is no setting
+        settings = self.config.portable().model_dump(mode="json")
         return Tracking(root, self.config.tracking, self.id, self.name, settings, self.url)
 
 
