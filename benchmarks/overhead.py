@@ -163,7 +163,7 @@ def _watch(clock: Clock) -> None:
     clock.around(BaseStep, "call_entrypoint", lambda step, *_: f"step: {step.name}")
     clock.around(result, "register", "registry: evidence, version, verdict")
     clock.around(models, "record", "registry: ZenML's models")
-    clock.around(sending, "archive_apart", "tracking: archives for Comet")
+    clock.around(sending, "written", "tracking: archives for Comet, waited for")
 
 
 def measure(command: list[str], folder: Path) -> Seconds:

@@ -49,7 +49,7 @@ def register(
     with run.tracking.stage("registry"):
         registered = result.register(outcome, registry)
         tracked.complete(run.tracking, outcome, registered)
-    run.tracking.close()
+    run.tracking.close(wait=False)
     log_metadata({**registered.metadata(), **run.tracking.links()})
     if links := run.tracking.links():
         log_metadata(metadata={**links}, run_id_name_or_prefix=get_step_context().pipeline_run.id)
