@@ -50,7 +50,7 @@ def register(
     with run.tracking.stage("registry"):
         registered = result.register(outcome, registry)
         tracked.complete(run.tracking, outcome, registered)
-    run.tracking.close()
+    run.tracking.close(wait=False)
     log_metadata({**registered.metadata(), **run.tracking.links()})
     links = run.tracking.links()
     answer({**answers.of_run(outcome, registered), **links}, registered.verdict.decision)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,6 +92,7 @@ class Tracking:
         self._name, self._settings, self._url = name, settings or {}, url
         self._mode = account.mode_of(config)
         self._begun = False
+        self._archives: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -132,8 +134,11 @@ class Tracking:
         if self._mode == "online":
             sending.start(self.run)
 
-    def close(self, failed: bool = False, reason: str = "") -> None:
-        """Say that the run is over: write archives, or give the sender a moment to end."""
+    def close(self, failed: bool = False, reason: str = "", wait: bool = True) -> None:
+        """Say that the run is over: write archives, or give the sender a moment to end.
+
+        Without ``wait`` archives are written meanwhile, and ``told`` waits for them.
+        """
         if (self.run.path / CLOSED).is_file():
             return
         status = {"run/status": "failed" if failed else "finished", "run/reason": reason or None}
@@ -142,8 +147,10 @@ class Tracking:
         jobs.write_json(self.run.path / CLOSED, closed.model_dump(mode="json"))
         if self._mode == "online":
             self._await_sender()
-        elif self._mode == "offline" and not sending.archive_apart(self.run):
-            print("warning: Comet's archives could not be written; `run.py track upload` needs none", file=sys.stderr)
+        elif self._mode == "offline":
+            self._archives = sending.start_archives(self.run)
+            if wait:
+                self._await_archives()
 
     def links(self) -> dict[str, str]:
         """Return what leads from ZenML to the run's metrics."""
@@ -157,6 +164,7 @@ class Tracking:
 
     def told(self) -> str:
         """Return, in a line, where the run's metrics are."""
+        self._await_archives()
         return overview.line(self.run)
 
     def _settle(self, folder: StageFolder, output: Path) -> None:
@@ -164,6 +172,11 @@ class Tracking:
             text = guard.scrub(output.read_text(encoding="utf-8", errors="replace"))
             folder.tell(Contents(assets=[folder.add_file(f"{folder.name}/{asked.OUTPUT}", "file", text)]))
         folder.settle()
+
+    def _await_archives(self) -> None:
+        if self._archives is not None and not sending.written(self._archives):
+            print("warning: Comet's archives could not be written; `run.py track upload` needs none", file=sys.stderr)
+        self._archives = None
 
     def _await_sender(self) -> None:
         """Wait until everything arrived, the sender knows of a problem, or time is up."""

@@ -32,10 +32,15 @@ def start(run: RunFolder) -> None:
     _spawn("send", run)
 
 
-def archive_apart(run: RunFolder) -> bool:
-    """Write the archives of a run in a process of its own, which comet_ml may change as it likes; return whether."""
+def start_archives(run: RunFolder) -> "subprocess.Popen[bytes]":
+    """Start to write the archives of a run, in a process of its own, which comet_ml may change as it likes."""
+    return _spawn("archive", run)
+
+
+def written(archives: "subprocess.Popen[bytes]") -> bool:
+    """Wait for archives that were started, and return whether they are there."""
     try:
-        return _spawn("archive", run).wait(ARCHIVE_SECONDS) == 0
+        return archives.wait(ARCHIVE_SECONDS) == 0
     except subprocess.TimeoutExpired:
         return False
 
