@@ -84,6 +84,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def diverging_model(folder: Path, model: Path) -> Path:
+    """Copy a model and make its last norm nan, so that training on it diverges at once."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Pairs whose preference is learnable by anything: plain answers over shouted ones."""
     rng = random.Random(seed)

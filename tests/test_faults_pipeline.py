@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import preference_rows, tiny_parameters, write_jsonl
+from conftest import diverging_model, preference_rows, tiny_parameters, write_jsonl
 from forked import Commands
 
 pytestmark = pytest.mark.faults
@@ -194,14 +194,14 @@ def two_points(folder: Folder, stage: str) -> bool:
     return bool(spools) and len(spools[0].read_text(encoding="utf-8").splitlines()) > 1
 
 
-def test_other_settings_beside_unfinished_training_are_refused_or_forced(world: World) -> None:
+def test_other_settings_beside_unfinished_training_are_refused_or_forced(world: World, tiny_model: Path) -> None:
     """Also: a run that lives is left alone by the next start, and a failure tells the same story in ZenML."""
     folder = world.folder("changed", finetuning_type="sft", sft={"num_train_epochs": 30, "save_steps": 0.02})
     pid = folder.start()
     folder.wait_until(pid, lambda: bool(list(folder.outputs.glob("jobs/sft-*/checkpoints/checkpoint-*"))))
 
-    failing = world.folder("failing", lora={"target_modules": ["k_proj", "z_proj"]})
-    assert failing.finish() == 2
+    failing = world.folder("failing", base_model={"source": str(diverging_model(world.root / "broken", tiny_model))})
+    assert failing.finish() == 4
     (line,) = re.findall("^error: (.*)$", failing.said(), re.MULTILINE)
     lives, failed = world.statuses()[-2:]
     assert (lives, failed) == ("running", "failed")
@@ -212,7 +212,7 @@ def test_other_settings_beside_unfinished_training_are_refused_or_forced(world: 
     assert json.loads(told)["message"] == reason == line
     shown = dict(world.rows("select key, value from run_metadata where key in ('exit_code', 'message', 'checkpoint')"))
     assert {key: json.loads(value) for key, value in shown.items()} == {
-        "exit_code": 2,
+        "exit_code": 4,
         "message": line,
         "checkpoint": "none",
     }

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from comet_archives import SCHEMA_OF, opened
 from comet_server import CometServer
-from conftest import ROOT, Finished, Project, make_project, preference_rows, statuses, write_jsonl
+from conftest import ROOT, Finished, Project, diverging_model, make_project, preference_rows, statuses, write_jsonl
 from test_tracking import values
 
 from preference_tuning import interruption
@@ -398,14 +398,7 @@ def test_zenmls_own_command_runs_sft_without_a_dpo_step(finished: Finished) -> N
 
 
 def test_a_failing_job_ends_the_run_with_its_exit_code(finished: Finished, tiny_model: Path, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    project, broken_model = finished.project, tmp_path / "broken"
-    shutil.copytree(tiny_model, broken_model)
-    weights = load_file(broken_model / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
-    save_file(weights, broken_model / "model.safetensors", metadata={"format": "pt"})
+    project, broken_model = finished.project, diverging_model(tmp_path / "broken", tiny_model)
     versions = len(manifests(project))
     done = project.run("run.py", "train", "run.yaml", "--set", f"base_model.source={broken_model}")
     assert done.returncode == 4
