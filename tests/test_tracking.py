@@ -182,7 +182,7 @@ def test_what_is_told_names_no_secret_and_no_place(monkeypatch: pytest.MonkeyPat
         "base_model/threads": "None",
         "data/sources/0/source": "https://host/rows.jsonl",
         "data/sources/0/weight": "1.0",
-        "registry/push/0/tracking_uri": "sqlite:ml.db",
+        "registry/push/0/tracking_uri": "sqlite:///ml.db",
         "registry/push/0/token_secret": "***",
         "registry/push/0/token_env": "HF",
         "lora": "None",
