@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("preference_tuning", "pipelines", "steps", "run.py")
 ROWS = 64
 STARTS = {
-    "data": "preference_tuning.data.prepare, tokenizers",
+    "data": "preference_tuning.data.prepare, transformers.models.auto.tokenization_auto",
     "training": "preference_tuning.training.trainers, preference_tuning.models.loading, peft, trl",
     "evaluation": "preference_tuning.evaluation.measuring, preference_tuning.models.loading, peft",
 }
