@@ -266,7 +266,7 @@ def project(folder: Path) -> Path:
 
 
 def make(model: Path, rows: Path) -> None:
-    """Write a random model of 0.1M parameters, and pairs that anything learns."""
+    """Write a random model of 0.3M parameters, and pairs that anything learns."""
     sys.path.insert(0, str(ROOT))
     import memory
 
