@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("preference_tuning", "pipelines", "steps", "run.py")
 ROWS = 64
 STARTS = {
-    "data": "preference_tuning.data.prepare, tokenizers",
+    "data": "preference_tuning.data.prepare, transformers.models.auto.tokenization_auto",
     "training": "preference_tuning.training.trainers, preference_tuning.models.loading, peft, trl",
     "evaluation": "preference_tuning.evaluation.measuring, preference_tuning.models.loading, peft",
 }
@@ -266,7 +266,7 @@ def project(folder: Path) -> Path:
 
 
 def make(model: Path, rows: Path) -> None:
-    """Write a random model of 0.1M parameters, and pairs that anything learns."""
+    """Write a random model of 0.3M parameters, and pairs that anything learns."""
     sys.path.insert(0, str(ROOT))
     import memory
 

@@ -36,7 +36,8 @@ def packages() -> list[str]:
 
     ZenML asks `pip freeze`, twice a run, where there is no `uv`: a second and more.
     """
-    found = {package.name: package.version for package in importlib.metadata.distributions()}
+    read = (package.metadata for package in importlib.metadata.distributions())
+    found = {told["Name"]: told["Version"] for told in read}
     return [f"{name}=={found[name]}" for name in sorted(found, key=str.lower)]
 
 
