@@ -460,7 +460,7 @@ def test_each_kind_of_failure_has_its_exit_code(
     monkeypatch.setenv("ZENML_CONFIG_PATH", str(tmp_path))
     # ZenML asks for the file that runs; a process of pytest-xdist has none.
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "run.py"), raising=False)
-    from pipelines.training import told
+    from pipelines.telling import told
 
     monkeypatch.setattr(interruption, "watch", lambda: None)
     capsys.readouterr()  # ZenML greets
@@ -468,7 +468,8 @@ def test_each_kind_of_failure_has_its_exit_code(
         with pytest.raises(SystemExit) as ended, told():
             fail(error, wrapped)
         assert ended.value.code == code
-        assert capsys.readouterr().err == "error: m\n"
+        first, last = capsys.readouterr().err.splitlines()
+        assert (first, last.startswith("failed     before the run began: m. ")) == ("error: m", True)
     with pytest.raises(ZeroDivisionError), told():
         raise ZeroDivisionError
 
