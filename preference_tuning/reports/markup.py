@@ -18,7 +18,7 @@ table{border-collapse:collapse;width:100%;font-size:14px;margin:8px 0}
 th,td{text-align:left;padding:6px 10px;border-bottom:1px solid #e9edf2;vertical-align:top;overflow-wrap:anywhere}
 th{color:#5f6b7a;font-weight:600}td.s,th.s{white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:12px 0}
-.fact{background:#f5f7fa;border-radius:8px;padding:10px 12px}.fact b{display:block;font-size:19px;overflow-wrap:anywhere}
+.fact{background:#f5f7fa;border-radius:8px;padding:10px 12px}.fact b{display:block;font-size:17px;overflow-wrap:anywhere}
 .fact span{color:#5f6b7a;font-size:13px}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:18px}
 figure{margin:0}figcaption{font-weight:600;font-size:14px;margin-bottom:2px}svg{width:100%;height:auto;display:block}
