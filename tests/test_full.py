@@ -8,6 +8,7 @@ from typing import Any
 import faulty
 import pytest
 import torch
+import yaml
 from conftest import Project, make_project
 from test_scoring import sft_of_both, tiny, trainer, word_level
 
@@ -167,7 +168,8 @@ def test_a_published_full_model_is_loaded_as_any_model(project: Project, version
     tokenizer = AutoTokenizer.from_pretrained(version / "model")
     table = Dataset(next(project.folder.glob("outputs/data/*/dataset"))).path("held_out")
     rows = tokenise(table, tokenizer, chat.Room(128), project.folder / "again", answers=2).rows
-    folders = {"base": Path(manifest.base_model["source"]), "sft": sft, "dpo": version / "model"}
+    document = yaml.safe_load((project.folder / "run.yaml").read_text(encoding="utf-8"))
+    folders = {"base": Path(document["parameters"]["base_model"]["source"]), "sft": sft, "dpo": version / "model"}
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
         for i, row in enumerate(rows):

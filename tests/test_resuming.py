@@ -125,6 +125,7 @@ def test_a_failure_is_told_and_its_run_goes_on_when_the_cause_is_gone(world: Wor
     folder = world.folder(
         "failing",
         finetuning_type="sft",
+        data={"seed": 7},  # nothing of it is in the step cache
         notify=[{"to": "command", "run": [sys.executable, "-c", KEEP], "on": ["failed"]}, {"to": "alerter"}],
     )
     folder.outputs.mkdir()

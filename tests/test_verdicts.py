@@ -221,7 +221,7 @@ def test_a_rollback_is_not_undone_by_the_same_run(history: History, tmp_path: Pa
     assert (registered.verdict.decision, registered.promoted) == ("promote", False)
     assert registered.taken_back
     assert "answers in Latin" in registered.metadata()["taken_back"]
-    assert "not promoted: it was taken back on" in summary.render(again, registered)
+    assert "not promoted: it was taken back on" in summary.render(again, registered, "off")
 
 
 def test_a_registry_in_an_object_store(history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
