@@ -51,6 +51,7 @@ def recorded(version: str, decision: str) -> None:
         promoted=champion is not None and champion.version == version,
         verdict=found.verdict.model_copy(update={"decision": decision}),
         champion=champion.version if champion else None,
+        taken_back=None,
         evaluation=REGISTRY.path(version) / "evidence" / "evaluation",
     )
     models.record(registered, CONFIG)
