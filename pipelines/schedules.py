@@ -23,15 +23,15 @@ DEADLINE_SECONDS = 3600
 """How late Kubernetes may still start a run."""
 
 
-def require_schedulable(on: str | None = None) -> str:
-    """Return the kind of the active stack's orchestrator, which has schedules and is ``on`` if that is given.
+def require_schedulable(on: str) -> None:
+    """Refuse a stack that cannot start runs at set times.
 
     Raises:
-        ConfigError: it has none, or is another one.
+        ConfigError: the active stack's orchestrator is not of the kind ``on``, or has no schedules.
     """
     stack = Client().active_stack
     kind = stack.orchestrator.flavor
-    if on is not None and on != kind:
+    if on != kind:
         raise ConfigError(
             f"schedule: the active stack {stack.name!r} runs on {kind!r}, not on {on}; make a stack with it "
             f"(`zenml orchestrator register NAME --flavor={on}`, `zenml stack register`) and `zenml stack set` it, or "
@@ -42,7 +42,6 @@ def require_schedulable(on: str | None = None) -> str:
             f"schedule: the active stack {stack.name!r} runs on {kind!r}, which has no schedules. Take "
             f"`run.py schedule CONFIG --on cron` or `--on systemd`, or a stack with one of {', '.join(WITH_SCHEDULES)}"
         )
-    return kind
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The section about notifications: who is told what became of a run."""
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from preference_tuning.config.place import Place
-from preference_tuning.config.section import Section, VariableName
+from preference_tuning.config.section import Section, VariableName, to_of
 
 UNKNOWN_RECEIVER: Final = "unknown_receiver"
 """The type of the error of a receiver that there is none of."""
@@ -43,17 +43,12 @@ class AlerterNotify(NotifyConfig):
     to: Literal["alerter"]
 
 
-def _to(value: Any) -> Any:
-    return value.get("to") if isinstance(value, dict) else getattr(value, "to", None)
-
-
-# By a function, as in config.registry.
 Receiver = Annotated[
     Annotated[WebhookNotify, Tag("webhook")]
     | Annotated[CommandNotify, Tag("command")]
     | Annotated[AlerterNotify, Tag("alerter")],
     Discriminator(
-        _to,
+        to_of,
         custom_error_type=UNKNOWN_RECEIVER,
         custom_error_message="`to` must say who is told: webhook, command or alerter",
     ),

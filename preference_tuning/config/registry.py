@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Discriminator, StringConstraints, Tag, mode
 from pydantic_core import PydanticCustomError
 
 from preference_tuning.config.place import Place
-from preference_tuning.config.section import UNSHOWN, Name, Secret, Section, Text, VariableName
+from preference_tuning.config.section import UNSHOWN, Name, Secret, Section, Text, VariableName, to_of
 
 REPO_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_]|[.-](?=[A-Za-z0-9_])){0,95}"
 UNKNOWN_TARGET: Final = "unknown_target"
@@ -94,17 +94,12 @@ class MLflowPush(PushConfig):
         return [f"{self.to}:{self.name or name} at {self.tracking_uri}"]
 
 
-def _to(value: Any) -> Any:
-    return value.get("to") if isinstance(value, dict) else getattr(value, "to", None)
-
-
-# By a function: pydantic takes no field as the discriminator that has a validator before it, as all sections have.
 PushTarget = Annotated[
     Annotated[HuggingFacePush, Tag("huggingface")]
     | Annotated[CometPush, Tag("comet")]
     | Annotated[MLflowPush, Tag("mlflow")],
     Discriminator(
-        _to,
+        to_of,
         custom_error_type=UNKNOWN_TARGET,
         custom_error_message="`to` must say where to: huggingface, comet or mlflow",
     ),

@@ -62,3 +62,12 @@ class Section(BaseModel):
     def portable(self) -> Self:
         """Return the section as it is hashed and published: every place without what is of this machine only."""
         return self.model_validate(self.model_dump(exclude_unset=True, context=PORTABLE))
+
+
+def to_of(value: Any) -> Any:
+    """Return the ``to`` of an entry, which says what kind it is.
+
+    Unions are told apart by this function, and not by the field: pydantic takes none that has a validator before it, as
+    the fields of all sections have.
+    """
+    return value.get("to") if isinstance(value, dict) else getattr(value, "to", None)
