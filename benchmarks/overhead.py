@@ -26,13 +26,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PARTS = ("preference_tuning", "pipelines", "steps", "run.py")
 ROWS = 64
-STARTS = {
-    "data": "preference_tuning.data.prepare, transformers.models.auto.tokenization_auto",
-    "training": "preference_tuning.training.trainers, preference_tuning.models.loading, peft, trl",
-    "evaluation": "preference_tuning.evaluation.measuring, preference_tuning.models.loading, peft",
-}
-"""What a job imports before it does anything of its own."""
-JOBS_OF = {"data": 1, "training": 2, "evaluation": 1}
+JOBS = "jobs, with the process they are forked from"
+IMPORTS = (
+    "from preference_tuning.jobs import forking; "
+    "[forking._import(some) for some in (forking.ALL_NEED, *forking.SOME_NEED.values())]"
+)
+"""What the process does that jobs are forked from; one that is not forked does it too."""
 
 BARE = """
 import os
@@ -117,6 +116,10 @@ def inside(told: Path) -> None:
             importlib.import_module("pipelines.training")
         _watch(clock)
         run.main()
+        from preference_tuning.jobs import forking
+
+        with clock.part(JOBS):  # their CPU seconds are counted when it is waited for
+            forking.close()
     told.write_text(json.dumps(clock.parts), encoding="utf-8")
 
 
@@ -153,8 +156,8 @@ def _watch(clock: Clock) -> None:
 
     world.ThreadPoolExecutor = AtOnce  # a clock counts one thing at a time
     preflight.AREAS = tuple((name, area(name, look)) for name, look in preflight.AREAS)
-    clock.around(jobs, "run", lambda module, *_: f"job: {module.removeprefix('preference_tuning.')}")
-    clock.around(runs, "_reconcile", "runs: killed ones looked for")
+    clock.around(jobs, "_run_child", lambda module, *_: f"job: {module.removeprefix('preference_tuning.')}")
+    clock.around(runs, "reconcile", "runs: killed ones looked for")
     clock.around(fingerprints, "of", "history: fingerprints of the run")
     clock.around(Pipeline, "_compile", "ZenML: compile")
     clock.around(Pipeline, "_run", "ZenML: snapshot and run")
@@ -194,25 +197,20 @@ def main() -> None:
             told = folder / f"{run}.json"
             totals[run] = measure([*me, "--inside", str(told)], folder)
             parts[run] = json.loads(told.read_text(encoding="utf-8"))
-        starts = {job: measure([sys.executable, "-c", f"import {what}"], folder) for job, what in STARTS.items()}
+        imports = measure([sys.executable, "-c", IMPORTS], folder)
     _table(totals, parts)
-    started = sum(JOBS_OF[job] * seconds[1] for job, seconds in starts.items())
-    in_jobs = sum(seconds[1] for name, seconds in parts["cold"].items() if _is_work(name))
-    print("\nstart of a job, with its imports (wall, CPU):", _row(starts))
+    print("\nwhat jobs are forked from, its imports (wall, CPU):", _row({"": imports}))
     print(
         "bare ZenML, five steps (first, cached, again):",
         _row(dict(zip(("first", "cached", "again"), bare, strict=True))),
     )
-    rest = totals["cold"][1] - in_jobs
+    in_jobs = parts["cold"][JOBS][1]
     print(
-        f"result: cold_cpu={totals['cold'][1]:.1f} cold_outside_of_jobs_cpu={rest:.1f} job_starts_cpu={started:.1f} "
-        f"jobs_own_work_cpu={max(0.0, in_jobs - started):.1f} cached_wall={totals['again'][0]:.1f} "
+        f"result: cold_wall={totals['cold'][0]:.1f} cold_cpu={totals['cold'][1]:.1f} "
+        f"own_process_cpu={totals['cold'][1] - in_jobs:.1f} imports_of_jobs_cpu={imports[1]:.1f} "
+        f"jobs_own_work_cpu={in_jobs - imports[1]:.1f} cached_wall={totals['again'][0]:.1f} "
         f"cached_cpu={totals['again'][1]:.1f} bare_cached_wall={bare[-1][0]:.1f} bare_cached_cpu={bare[-1][1]:.1f}"
     )
-
-
-def _is_work(name: str) -> bool:
-    return name.startswith("job: ") and name != "job: preflight"
 
 
 def _row(seconds: dict[str, Seconds]) -> str:

@@ -3,12 +3,14 @@
 Importing this module switches it off in this process. docs/decisions.md says why that is safe.
 """
 
+import email
 import functools
 import importlib.metadata
 
 from zenml.environment import Environment
 from zenml.integrations.pandas import PandasIntegration
 from zenml.integrations.pytorch import PytorchIntegration
+from zenml.integrations.scipy import ScipyIntegration
 
 
 class _OnDemand:
@@ -30,15 +32,23 @@ class PytorchOnDemand(_OnDemand, PytorchIntegration):
     """Torch belongs to the jobs."""
 
 
+class ScipyOnDemand(_OnDemand, ScipyIntegration):
+    """Nor scipy."""
+
+
 @functools.cache
 def packages() -> list[str]:
     """Return what is installed, as ZenML stores it with each run: ``name==version``.
 
     ZenML asks `pip freeze`, twice a run, where there is no `uv`: a second and more.
     """
-    read = (package.metadata for package in importlib.metadata.distributions())
-    found = {told["Name"]: told["Version"] for told in read}
-    return [f"{name}=={found[name]}" for name in sorted(found, key=str.lower)]
+    found = {}
+    for package in importlib.metadata.distributions():
+        # Of what is told of a package, its long description is most, and is not looked at.
+        head = (package.read_text("METADATA") or package.read_text("PKG-INFO") or "").partition("\n\n")[0]
+        told = email.message_from_string(head)
+        found[told["Name"]] = told["Version"]
+    return [f"{name}=={found[name]}" for name in sorted(filter(None, found), key=str.lower)]
 
 
 Environment.get_python_packages = staticmethod(packages)  # type: ignore[method-assign]

@@ -39,6 +39,7 @@ from preference_tuning.config import (
 from preference_tuning.data.job import fingerprints_of
 from preference_tuning.evaluation.job import inputs_of
 from preference_tuning.models.source import locate, template_file
+from preference_tuning.tracking import recording
 from steps.context import give_secrets
 from steps.evaluate import evaluate
 from steps.load_preferences import load_preferences
@@ -148,6 +149,7 @@ class CheckedPipeline(Pipeline):
                 return super().with_options(*args, **kwargs)
             config, document = loaded.config, loaded.document
             give_secrets(config.registry)
+            recording.expect(config.tracking)
             more = (("stack", lambda _: stack.look(document, config)),)
             print(preflight.check(config, more=more))
             scheduled = bool(kwargs.get("schedule") or document.get("schedule"))

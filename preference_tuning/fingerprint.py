@@ -73,6 +73,7 @@ def of_sources(*modules: str) -> str:
     return of_value({path.relative_to(PACKAGE).as_posix(): of_file(path) for path in sources(*modules)})
 
 
+@functools.cache
 def _module_file(module: str) -> Path | None:
     base = PACKAGE.parent.joinpath(*module.split("."))
     for candidate in (base.with_suffix(".py"), base / "__init__.py"):

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -60,48 +59,31 @@ class Commands:
 
 
 class Forked:
-    """Stands in for ``subprocess.Popen`` of ``python -m MODULE FOLDER``."""
+    """Stands in for ``forking.Child``: a fork of the command itself, which has imported the libraries too."""
 
-    def __init__(
-        self, command: list[str], env: dict[str, str], process_group: int | None = None, pass_fds: Any = (), **_: Any
-    ) -> None:
+    def __init__(self, module: str, folder: Path, environment: dict[str, str], lock: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        self.args, self.returncode = command, None
-        self.pid = os.fork()
-        if self.pid == 0:
-            _in_child(lambda: _be_the_job(command, env, set(pass_fds)))
+        self._code: int | None = None
+        self._pid = os.fork()
+        if self._pid == 0:
+            _in_child(lambda: _be_the_job(module, folder, environment, lock))
 
-    def poll(self) -> int | None:
-        return self._reaped(os.WNOHANG)
-
-    def wait(self, timeout: float | None = None) -> int:
-        while (code := self._reaped(0)) is None:
-            pass
-        return code
-
-    def _reaped(self, how: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, how)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
+    def wait(self) -> int:
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._code
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        if self._code is None:
+            os.kill(self._pid, number)
 
 
-def _be_the_job(command: list[str], env: dict[str, str], kept: set[int]) -> None:
+def _be_the_job(module: str, folder: Path, environment: dict[str, str], lock: int) -> None:
     import logging
 
     for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-        if fd > 2 and fd not in kept:
+        if fd > 2 and fd != lock:
             with contextlib.suppress(OSError):
                 os.close(fd)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -111,9 +93,8 @@ def _be_the_job(command: list[str], env: dict[str, str], kept: set[int]) -> None
     for logger in (logging.getLogger(), logging.getLogger("zenml")):
         logger.handlers.clear()
     os.environ.clear()
-    os.environ.update(env)
-    module, *sys.argv[1:] = command[2:]
-    sys.argv[0] = module
+    os.environ.update(environment)
+    sys.argv = [module, str(folder)]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -122,7 +103,7 @@ def _open_terminal() -> None:
 
 
 def _be_the_command(folder: Path, words: list[str]) -> None:
-    from preference_tuning import jobs
+    from preference_tuning.jobs import forking
 
     os.setsid()
     os.chdir(folder)
@@ -132,7 +113,7 @@ def _be_the_command(folder: Path, words: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _open_terminal()
     os.environ.update(TQDM_DISABLE="1", PYTHONPATH=str(ROOT))
-    jobs.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+    forking.start = Forked
     sys.argv = ["run.py", *words]
     runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
 

@@ -330,10 +330,14 @@ def test_rows_that_are_not_tokenised_could_not_reach_a_limit(
         )
     )
     checked = rules(tokenizer, length, max_prompt_length=bound)
-    (found,) = checked.problems([pair])
+    (found,) = checked.examine([pair])
     (encoded,) = chat.encode(tokenizer, [chat.Conversation(pair.prompt, [pair.chosen, pair.rejected])], checked.room)
     stopped = isinstance(encoded, chat.Refused) or any(encoded.answer_cut)
-    assert bool({"long_prompt", "answer_cut"} & {name for name, _ in found}) == stopped
+    assert bool({"long_prompt", "answer_cut"} & {name for name, _ in found.problems}) == stopped
+    whole = chat.encode(tokenizer, [chat.Conversation(pair.prompt, [pair.chosen, pair.rejected])], chat.Room(10**9))[0]
+    assert isinstance(whole, chat.Encoded)
+    sides = [len(whole.prompt_ids), *map(len, whole.answer_ids)]
+    assert found.lengths in (None, sides) or isinstance(encoded, chat.Refused)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

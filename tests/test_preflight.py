@@ -385,7 +385,7 @@ def test_the_estimate_is_near_the_measured_peak() -> None:
 
 @pytest.mark.whole
 def test_ten_thousand_rows_are_checked_in_fifteen_seconds(tmp_path: Path, tiny_model: Path) -> None:
-    """On two CPUs that do nothing else: half of it runs in two processes at once. Counted in CPU time, for others."""
+    """Counted in CPU time, which on two CPUs that do nothing else is what the clock says: one may be busy here."""
     import resource
 
     def seconds() -> float:
@@ -397,5 +397,5 @@ def test_ten_thousand_rows_are_checked_in_fifteen_seconds(tmp_path: Path, tiny_m
     before = seconds()
     done = check(tmp_path, "run.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert seconds() - before < 25
+    assert seconds() - before < 15
     shutil.rmtree(tmp_path / "outputs")

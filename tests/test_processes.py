@@ -155,7 +155,8 @@ def in_every_step(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> I
     (folder / "sitecustomize.py").write_text(
         "import os, signal, sys, time\n"
         "rank = os.environ.get('RANK')\n"
-        "if 'preference_tuning.training' in sys.orig_argv and 'torch.distributed.run' not in sys.orig_argv:\n"
+        "started = {'preference_tuning.training', 'preference_tuning.jobs'}\n"
+        "if started & set(sys.orig_argv) and 'torch.distributed.run' not in sys.orig_argv:\n"
         "    import transformers\n"
         "    step = transformers.Trainer.training_step\n"
         "    def patched(self, *args, **kwargs):\n"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from preference_tuning.data.content import TextRules
 from preference_tuning.data.pair import Messages, Pair
@@ -12,6 +12,15 @@ from preference_tuning.models import chat
 MARKER = re.compile(r"<\|[^|<>\s]+\|>")
 NORMALISED = 3
 """Bytes that a tokenizer's Unicode normalisation (NFC) may make of one."""
+
+
+class Examined(NamedTuple):
+    """What tokens make of a pair."""
+
+    problems: list[tuple[str, str]]
+    """Each with its detail."""
+    lengths: list[int] | None = None
+    """Of the prompt and of each answer, in tokens, before any cut; None where nobody had to count."""
 
 
 class TokenRules:
@@ -34,17 +43,17 @@ class TokenRules:
         special = {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
         return TextRules(special | set(MARKER.findall(self._template)))
 
-    def problems(self, pairs: Sequence[Pair]) -> list[list[tuple[str, str]]]:
-        """Return for each pair ``(problem, detail)`` of what the limits and the template make of it."""
-        found: list[list[tuple[str, str]]] = [[] for _ in pairs]
+    def examine(self, pairs: Sequence[Pair]) -> list[Examined]:
+        """Return for each pair what the limits and the template make of it."""
+        found = [Examined([]) for _ in pairs]
         long: list[int] = []
         for i, pair in enumerate(pairs):
             overhead = self._overhead(pair)
             if isinstance(overhead, chat.Refused):
-                found[i].append((overhead.problem, overhead.detail))
+                found[i].problems.append((overhead.problem, overhead.detail))
                 continue
             if unseen := self._unseen(pair):
-                found[i].append(("no_tools", unseen))
+                found[i].problems.append(("no_tools", unseen))
             if pair.tools or not self._fits(pair, overhead):
                 long.append(i)
         conversations = [
@@ -52,7 +61,7 @@ class TokenRules:
             for p in (pairs[i] for i in long)
         ]
         for i, encoded in zip(long, chat.encode(self.tokenizer, conversations, self.room), strict=True):
-            found[i] += self._of(encoded)
+            found[i] = Examined(found[i].problems + self._of(encoded), lengths_of(encoded))
         return found
 
     def _of(self, row: chat.Encoded | chat.Refused) -> list[tuple[str, str]]:
@@ -109,15 +118,27 @@ class TokenRules:
         return None
 
 
+def lengths_of(row: chat.Encoded | chat.Refused) -> list[int] | None:
+    """Return the tokens of a row's prompt and of each answer, before any cut."""
+    if isinstance(row, chat.Refused):
+        return None
+    return [row.prompt_length, *(length - row.prompt_length for length in row.lengths)]
+
+
 def measure(rows: Sequence[dict[str, Any]], tokens: TokenRules | None) -> dict[str, list[int]]:
-    """Return the lengths of prompt, chosen and rejected of stored rows: tokens, or characters without a tokenizer."""
+    """Return the lengths of prompt, chosen and rejected of stored rows: tokens, or characters without a tokenizer.
+
+    Args:
+        rows: as spooled; those with ``lengths`` were counted when they were read.
+        tokens: the rules with the tokenizer.
+    """
     sides = ("prompt", "chosen", "rejected")
     if tokens is None:
         return {side: [sum(len(m["content"]) for m in row[side]) for row in rows] for side in sides}
-    encoded = chat.encode(tokens.tokenizer, [conversation_of(row) for row in rows], chat.Room(max_length=10**9))
-    kept = [row for row in encoded if isinstance(row, chat.Encoded)]
-    lengths = [(len(e.prompt_ids), *(length - len(e.prompt_ids) for length in e.lengths)) for e in kept]
-    return {side: [row[i] for row in lengths] for i, side in enumerate(sides)}
+    uncounted = [conversation_of(row) for row in rows if row["lengths"] is None]
+    encoded = iter(chat.encode(tokens.tokenizer, uncounted, chat.Room(max_length=10**9)))
+    counted = [row["lengths"] or lengths_of(next(encoded)) for row in rows]
+    return {side: [row[i] for row in counted if row] for i, side in enumerate(sides)}
 
 
 def conversation_of(row: dict[str, Any]) -> chat.Conversation:

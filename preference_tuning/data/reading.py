@@ -25,7 +25,9 @@ LOOKED_AT = 200
 """Rows by which a format is recognised."""
 
 SPOOL, KEYS = "spool.arrow", "keys.parquet"
-SPOOLED = pa.schema([*table.SCHEMA, ("held_out", pa.bool_()), ("place", pa.string())])
+SPOOLED = pa.schema(
+    [*table.SCHEMA, ("held_out", pa.bool_()), ("place", pa.string()), ("lengths", pa.list_(pa.int32()))]
+)
 """A pair on disk between the passes: beside what it will be, its side, and how messages call its row."""
 
 Problem = tuple[str, str]
@@ -43,6 +45,8 @@ class Candidate:
     held_out: bool | None
     problems: list[Problem] = field(default_factory=list)
     keys: Keys | None = None
+    lengths: list[int] | None = None
+    """In tokens, as in ``lengths.Examined``."""
 
 
 @dataclass
@@ -151,8 +155,9 @@ class Reader:
         summary.not_sampled += len(whole) - len(sampled)
         self.result.pairs -= len(whole) - len(sampled)
         if self._tokens:
-            for candidate, found in zip(sampled, self._tokens.problems([c.pair for c in sampled]), strict=True):
-                candidate.problems += found
+            for candidate, found in zip(sampled, self._tokens.examine([c.pair for c in sampled]), strict=True):
+                candidate.problems += found.problems
+                candidate.lengths = found.lengths
         kept = [candidate for candidate in sampled if self._goes_on(candidate)]
         summary.pairs += len(kept)
         self._store(kept)
@@ -189,7 +194,7 @@ class Reader:
             [k.content.hex() for k in keys],
         )
         held_out = pa.array([self._is_held_out(c) for c in kept])
-        columns += [held_out, pa.array([c.place for c in kept])]
+        columns += [held_out, pa.array([c.place for c in kept]), pa.array([c.lengths for c in kept], SPOOLED[-1].type)]
         self._spool.add(pa.RecordBatch.from_arrays(columns, schema=SPOOLED))
         self._keys.add(
             [

@@ -53,7 +53,7 @@ def split(
         measures: counts the pairs that stay.
     """
     writers = {side: table.Writer(folder / f"{side}.arrow", table.SCHEMA) for side in table.SPLITS}
-    samples = table.Writer(work / SAMPLE_FILE, table.SCHEMA)
+    samples = table.Writer(work / SAMPLE_FILE, pa.schema([*table.SCHEMA, ("lengths", pa.list_(pa.int32()))]))
     start = 0
     with (
         table.ParquetWriter(folder / table.SPLIT, _SPLIT) as manifest,
@@ -68,7 +68,7 @@ def split(
                 writers[side].add(rows.select(table.SCHEMA.names))
                 manifest.add(_listed(rows, side))
             measures.add(batch.filter(pa.array(stays)))
-            samples.add(batch.filter(pa.array(stays & sample[here])).select(table.SCHEMA.names))
+            samples.add(batch.filter(pa.array(stays & sample[here])).select([*table.SCHEMA.names, "lengths"]))
             start += batch.num_rows
             progress.update(batch.num_rows)
     for writer in (*writers.values(), samples):

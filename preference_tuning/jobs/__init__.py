@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 from preference_tuning import events, failures, fingerprint
 from preference_tuning.errors import ConfigError, InterruptedJobError, PreferenceTuningError
 from preference_tuning.failures import Failure
-from preference_tuning.jobs import machine_memory, starter, stopping
+from preference_tuning.jobs import forking, machine_memory, starter, stopping
 
 JOB, RESULT, ERROR, LOG, LOCK = "job.json", "result.json", "error.json", "job.log", ".lock"
 
@@ -38,6 +38,9 @@ QUIET = {
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes; a job started from inside of somebody else's must not believe it is one."""
+
+OTHERS = ("ZENML_", "DISABLE_CREDENTIALS_DISK_CACHING")
+"""What begins the names of variables that ZenML sets anew for each step, its keys among them: no business of a job."""
 
 SHUTDOWN_SECONDS = 300
 """How long torchrun waits for its processes to save a checkpoint after a signal, before it kills them."""
@@ -176,12 +179,9 @@ def _attempt(module: str, folder: Path, job: Job, processes: int, lock: int) -> 
 
 
 def _run_child(module: str, folder: Path, processes: int, lock: int) -> int:
-    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command = [sys.executable, "-m", *(several if processes > 1 else []), module, str(folder)]
-    # Ctrl-C reaches a process group. torchrun must hear of it once, from here: at a second signal it leaves its
-    # processes behind.
-    group = 0 if processes > 1 else None
-    child = subprocess.Popen(command, env=_environment(processes), process_group=group, pass_fds=(lock,))
+    environment = _environment(processes)
+    forked = forking.start(module, folder, environment, lock) if processes == 1 else None
+    child = forked or _program(module, folder, processes, environment, lock)
     try:
         return child.wait()
     except BaseException:
@@ -194,12 +194,24 @@ def _run_child(module: str, folder: Path, processes: int, lock: int) -> int:
         raise
 
 
+def _program(
+    module: str, folder: Path, processes: int, environment: dict[str, str], lock: int
+) -> "subprocess.Popen[bytes]":
+    """Start a job as a program of its own, or several through torchrun."""
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(several if processes > 1 else []), module, str(folder)]
+    # Ctrl-C reaches a process group. torchrun must hear of it once, from here: at a second signal it leaves its
+    # processes behind.
+    group = 0 if processes > 1 else None
+    return subprocess.Popen(command, env=environment, process_group=group, pass_fds=(lock,))
+
+
 def _environment(processes: int) -> dict[str, str]:
     root = str(fingerprint.PACKAGE.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**QUIET, **os.environ, "PYTHONPATH": path, starter.VARIABLE: starter.mark()}
-    for name in LAUNCHER:
-        environment.pop(name, None)
+    for name in [name for name in environment if name in LAUNCHER or name.startswith(OTHERS)]:
+        del environment[name]
     if processes > 1:
         # torchrun would give each process one thread.
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

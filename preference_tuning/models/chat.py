@@ -69,6 +69,8 @@ class Encoded:
     answer_cut: list[bool]
     lengths: list[int]
     """Of prompt and each answer together, before any cut."""
+    prompt_length: int
+    """Of the prompt, before any cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ def encode(tokenizer: Tokenizer, rows: Sequence[Conversation], room: Room) -> li
     """
     rendered = [_rendered(tokenizer, row) for row in rows]
     texts = [text for row in rendered if not isinstance(row, Refused) for text in row]
-    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    only_ids = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    ids = iter(tokenizer(texts, **only_ids)["input_ids"] if texts else [])
     return [row if isinstance(row, Refused) else _cut(tokenizer, [next(ids) for _ in row], room) for row in rendered]
 
 
@@ -186,6 +189,7 @@ def _cut(tokenizer: Tokenizer, ids: list[list[int]], room: Room) -> Encoded | Re
         prompt_cut=end > most,
         answer_cut=[len(answer) > left for answer in answers],
         lengths=[len(one) for one in whole],
+        prompt_length=end,
     )
 
 

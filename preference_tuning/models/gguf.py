@@ -102,7 +102,8 @@ def read_once() -> Iterator[None]:
     import gguf
 
     original = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(lambda path, *args: original(path, *args))
+    if isinstance(original, type):  # the outermost of these blocks
+        gguf.GGUFReader = functools.lru_cache(maxsize=1)(lambda path, *args: original(path, *args))
     try:
         yield
     finally:

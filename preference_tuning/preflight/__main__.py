@@ -1,5 +1,6 @@
 """The process that answers what only torch and transformers know: ``python -m preference_tuning.preflight FOLDER``."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from preference_tuning import jobs
 from preference_tuning.errors import PreferenceTuningError
-from preference_tuning.models import chat, compute, shapes
+from preference_tuning.models import chat, compute, gguf, shapes
 from preference_tuning.models.compute import Compute
 from preference_tuning.models.tokenizer import load_tokenizer
 from preference_tuning.preflight.facts import Device, Facts, FactsJob, Problem, Template
@@ -29,6 +30,11 @@ ANSWER = {"role": "assistant", "content": "Seven, if you add it."}
 
 def main(folder: Path, job: FactsJob) -> Facts:
     """Return what can be known; a part that cannot leaves the others as they are."""
+    with gguf.read_once() if job.source.kind == "gguf" else contextlib.nullcontext():
+        return _look(job)
+
+
+def _look(job: FactsJob) -> Facts:
     facts = Facts()
     with_template = lambda: _template(load_tokenizer(job.base_model, job.source, job.output_dir))  # noqa: E731
     facts.template = _part(facts, "template", with_template)

@@ -18,7 +18,7 @@ REACHED = {"cpu": 0.5, "cuda": 0.35}
 """Share of the speed of plain matrix products that training reaches: measured on a CPU, assumed on CUDA."""
 BYTES_A_SECOND = {"cpu": 8e9, "cuda": 8e11}
 """Weights read a second while answers are generated, assumed."""
-STARTING = {"cpu": 15.0, "cuda": 40.0}
+STARTING = {"cpu": 4.0, "cuda": 40.0}
 """Seconds of a job outside of its work: a process, imports, loading a small model."""
 BUSY = 1.5
 """Processes that want to run, for each CPU, from which on a machine is busy."""

@@ -1,9 +1,8 @@
-"""The process that delivers: ``python -m preference_tuning.tracking send|archive FOLDER``."""
+"""The process that delivers: ``python -m preference_tuning.tracking send FOLDER`` or ``archive``."""
 
 import sys
-from pathlib import Path
 
 from preference_tuning.tracking import sending
 
 if __name__ == "__main__":
-    sending.main(sys.argv[1], Path(sys.argv[2]))
+    sending.main(*sys.argv[1:])

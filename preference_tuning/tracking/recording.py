@@ -71,6 +71,12 @@ class Stage:
             self._folder.keep(list(spool.read(told.spool)))
 
 
+def expect(config: TrackingConfig) -> None:
+    """Prepare for a run that may be over in seconds; call it as soon as its settings are known."""
+    if account.mode_of(config) == "offline":
+        sending.start_ahead()
+
+
 class Tracking:
     """The tracking of a run, as its steps see it."""
 

@@ -2,18 +2,21 @@
 
 import contextlib
 import os
+import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 from preference_tuning import fingerprint
 from preference_tuning.errors import ConfigError, PreferenceTuningError, TransientError
 from preference_tuning.tracking.delivery import Session
 from preference_tuning.tracking.folder import ARCHIVED, RunFolder
 from preference_tuning.tracking.trackers import Known
+
+Process: TypeAlias = subprocess.Popen[bytes]
 
 POLL_SECONDS = 0.5
 """Between two looks at what is new."""
@@ -22,6 +25,8 @@ LONGEST_PAUSE = 20.0
 LINGER_SECONDS = 120.0
 """How long a sender goes on after the end of its run; what is left then waits for `track upload`."""
 ARCHIVE_SECONDS = 120.0
+AHEAD_SECONDS = 60.0
+"""How long a process waits for the archives that it is to write; a run that trains ends after that."""
 
 
 def start(run: RunFolder) -> None:
@@ -29,15 +34,33 @@ def start(run: RunFolder) -> None:
     with run.sole() as free:
         if not free:
             return
-    _spawn("send", run)
+    with _log(run) as log:
+        _spawn("send", str(run.path), log=log)
 
 
-def start_archives(run: RunFolder) -> "subprocess.Popen[bytes]":
+_ahead: Process | None = None
+"""A process that will write archives and imports comet_ml meanwhile, for a second that a cached run would wait."""
+
+
+def start_ahead() -> None:
+    """Start the process that writes archives before there is anything to write; it waits a minute for its run."""
+    global _ahead
+    _ahead = _spawn("archive", stdin=subprocess.PIPE)
+
+
+def start_archives(run: RunFolder) -> Process:
     """Start to write the archives of a run, in a process of its own, which comet_ml may change as it likes."""
-    return _spawn("archive", run)
+    global _ahead
+    process, _ahead = _ahead, None
+    if process is None or process.poll() is not None:
+        process = _spawn("archive", stdin=subprocess.PIPE)
+    assert process.stdin
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(str(run.path).encode())
+    return process
 
 
-def written(archives: "subprocess.Popen[bytes]") -> bool:
+def written(archives: Process) -> bool:
     """Wait for archives that were started, and return whether they are there."""
     try:
         return archives.wait(ARCHIVE_SECONDS) == 0
@@ -45,16 +68,24 @@ def written(archives: "subprocess.Popen[bytes]") -> bool:
         return False
 
 
-def archive(run: RunFolder) -> None:
-    """Write what no archive of the run holds yet into new ones, one a stage."""
-    from preference_tuning.tracking.comet import Archive
+def archive() -> None:
+    """Write what no archive of a run holds yet into new ones, one a stage; stdin says whose, or ends without a word."""
+    from preference_tuning.tracking import comet
     from preference_tuning.tracking.delivery import deliver, missing
 
+    comet.prepare()
+    asked, _, _ = select.select([sys.stdin], [], [], AHEAD_SECONDS)
+    if not asked or not (path := sys.stdin.read()):
+        sys.exit(1)
+    run = RunFolder(Path(path))
+    with _log(run) as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
     ledger, closed = run.ledger(ARCHIVED), run.closed()
     for stage in run.stages():
         parcel = missing(stage, stage.points(), ledger)
         if parcel.size:
-            tracker, noted = Archive(run, stage.name), ledger.aside()
+            tracker, noted = comet.Archive(run, stage.name), ledger.aside()
             deliver(stage, parcel, tracker, noted, Known())
             tracker.end(failed=closed is not None and closed.failed)
             ledger.keep(noted)
@@ -147,25 +178,28 @@ def _end_in_time(run: RunFolder) -> None:
     os._exit(1)
 
 
-def _spawn(what: str, run: RunFolder) -> "subprocess.Popen[bytes]":
-    """Start this module's process for a run: in a session of its own, as Ctrl-C is not meant for it."""
+def _log(run: RunFolder) -> BinaryIO:
+    return (run.path / "sender.log").open("ab")
+
+
+def _spawn(*words: str, stdin: int = subprocess.DEVNULL, log: int | BinaryIO = subprocess.DEVNULL) -> Process:
+    """Start this module's process: in a session of its own, as Ctrl-C is not meant for it."""
     root = str(fingerprint.PACKAGE.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with (run.path / "sender.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "preference_tuning.tracking", what, str(run.path)],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-m", "preference_tuning.tracking", *words],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=stdin,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
 
 
-COMMANDS: dict[str, Callable[[RunFolder], None]] = {"send": send, "archive": archive}
-
-
-def main(what: str, folder: Path) -> None:
+def main(what: str, *folder: str) -> None:
     """Do what the command line of the process says."""
     with contextlib.suppress(KeyboardInterrupt):
-        COMMANDS[what](RunFolder(folder))
+        if what == "send":
+            send(RunFolder(Path(*folder)))
+        else:
+            archive()
