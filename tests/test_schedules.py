@@ -129,7 +129,7 @@ def test_the_units_are_what_systemd_takes(work: Retraining, tmp_path: Path) -> N
     shown = subprocess.run(["systemd-analyze", "--user", "verify", *units], capture_output=True, text=True)
     own = [line for line in (shown.stdout + shown.stderr).splitlines() if "preference-tuning" in line]
     assert own == []
-    assert "Persistent=true" in str(plan)
+    assert "Persistent=true\nAccuracySec=1s\n" in str(plan)
 
 
 def test_units_are_installed_and_removed(work: Retraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

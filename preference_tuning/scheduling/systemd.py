@@ -133,6 +133,7 @@ def _timer(work: Retraining, expression: str) -> str:
             f"# cron: {expression}",
             *(f"OnCalendar={value}" for value in on_calendar(expression)),
             "Persistent=true",
+            "AccuracySec=1s",
             "",
             "[Install]",
             "WantedBy=timers.target",
