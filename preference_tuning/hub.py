@@ -21,7 +21,8 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
     A full commit hash is returned as it is, so a pinned run needs no network once its files are cached.
 
     Raises:
-        ConfigError: the repository or revision does not exist, access is not granted, or the hub is out of reach.
+        ConfigError: the repository or revision does not exist, access is not granted, or the hub may not be asked.
+        TransientError: the hub cannot be reached now.
     """
     if revision and COMMIT.match(revision):
         return revision
@@ -42,7 +43,9 @@ def resolve_commit(repo_id: str, revision: str | None, repo_type: Literal["model
         ) from None
     except (httpx.TransportError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
+        # A hub that is down is nobody's mistake; one that must not be asked (HF_HUB_OFFLINE) is.
+        refusal = TransientError if failures.kind_of(error) == "transient" else ConfigError
+        raise refusal(
             f"cannot reach the hub to find the {where}: {reason}. "
             "Use a local path, or pin `revision` to a full commit hash that is in the local cache"
         ) from None

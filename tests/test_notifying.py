@@ -1,6 +1,8 @@
 """Notifications: what is told, to whom, and that a receiver which fails or hangs harms nobody and tells no secret."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 from registries import opened, publish
 
 from pipelines import ending, telling
@@ -280,3 +283,49 @@ def test_what_fails_before_a_run_is_done_again_by_the_same_command() -> None:
     assert history.facts_of(AlreadyRunningError("already running: pid 3"))["then"].endswith(
         "Later: the same command again"
     )
+
+
+PIGEON = """
+from pathlib import Path
+from zenml.alerter import BaseAlerter, BaseAlerterConfig, BaseAlerterFlavor
+
+class PigeonConfig(BaseAlerterConfig):
+    to: str
+
+class Pigeon(BaseAlerter):
+    def post(self, message, params=None):
+        Path(self.config.to).write_text(message)
+        return True
+
+class PigeonFlavor(BaseAlerterFlavor):
+    name, config_class, implementation_class = "pigeon", PigeonConfig, Pigeon
+
+if __name__ == "__main__":
+    from zenml.client import Client
+    from zenml.enums import StackComponentType
+    client = Client()
+    client.create_flavor("pigeon.PigeonFlavor", StackComponentType.ALERTER)
+    client.create_stack_component("bird", "pigeon", StackComponentType.ALERTER, {"to": "flown.txt"})
+    client.update_stack(component_updates={StackComponentType.ALERTER: ["bird"]})
+"""
+
+
+@pytest.mark.whole
+def test_the_alerter_of_the_stack_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    """A component of ZenML's active stack, as somebody would write it, and a night whose data is gone."""
+    (tmp_path / "pigeon.py").write_text(PIGEON)
+    receivers = [{"to": "alerter", "on": ["failed"]}]
+    parameters = {"base_model": {"source": str(tiny_model)}, "data": {"source": "gone.jsonl"}, "notify": receivers}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"parameters": parameters}))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "ZENML_CONFIG_PATH": str(tmp_path / "zenml")}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    alone = run(str(ROOT / "run.py"), "retrain", "run.yaml")
+    assert "warning: notify.0 (alerter): the active stack has no alerter" in alone.stderr, alone.stderr
+    assert run("pigeon.py").returncode == 0
+    assert run(str(ROOT / "run.py"), "retrain", "run.yaml").returncode == 3
+    flown = (tmp_path / "flown.txt").read_text()
+    assert "preference-tuned" in flown
+    assert "gone.jsonl" in flown

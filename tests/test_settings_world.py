@@ -11,11 +11,11 @@ import torch
 import yaml
 from conftest import preference_rows, write_jsonl
 
-from preference_tuning import config, hub
+from preference_tuning import config, hub, preflight
 from preference_tuning.config import RunConfig
 from preference_tuning.data import job as data_job
 from preference_tuning.data import prepare
-from preference_tuning.errors import ConfigError
+from preference_tuning.errors import ConfigError, TransientError
 from preference_tuning.evaluation import deciding, statistics
 from preference_tuning.evaluation import job as evaluation_job
 from preference_tuning.evaluation import scores as scores_of
@@ -303,12 +303,14 @@ def test_where_things_go(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.M
     assert configured(tmp_path, tiny_model).output_dir == "outputs"
 
 
-def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused connection is an error of httpx, which is no OSError."""
     import huggingface_hub.constants
     from huggingface_hub import HfApi
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi.__init__, "__defaults__", ("http://127.0.0.1:9", *HfApi.__init__.__defaults__[1:]))
-    with pytest.raises(ConfigError, match="cannot reach the hub to find the model 'a/b'"):
+    with pytest.raises(TransientError, match="cannot reach the hub to find the model 'a/b'"):
         hub.resolve_commit("a/b", None, "model")
+    (found,) = preflight.look(configured(tmp_path, "a/b"), only=["model"])
+    assert (found.area, found.level, found.exit_code) == ("model", "error", 1), "nothing in the config is wrong"

@@ -106,7 +106,7 @@ class World:
         """The prepared data; measured in tokens where there is a model."""
         try:
             model: ModelSource | None = self.source
-        except ConfigError:
+        except PreferenceTuningError:
             model = None  # its own area says so, and the data can still be read
         return data_job.prepare_for_run(data_job.of_run(self.config, model))
 
