@@ -26,11 +26,23 @@ def open_run(name: str | None, port: int) -> None:
     if client.zen_store.config.type != "sql":
         print(client.zen_store.url.rstrip("/") + page)
         return
+    _spare_the_survey(client)
     with _served(port) as address:
         print(f"{address}{page}\nCtrl-C stops the dashboard", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             signal.pause()
+
+
+def _spare_the_survey(client: Client) -> None:
+    """Answer for the user of the local database what the dashboard would ask before it shows anything: no news.
+
+    It asks for a name and an address, and where ZenML was heard of.
+    """
+    user = client.active_user
+    if user.email_opted_in is None:
+        answered = {**user.user_metadata, "finished_onboarding_survey": True}
+        client.update_user(user.id, updated_email_opt_in=False, updated_metadata=answered)
 
 
 @contextmanager

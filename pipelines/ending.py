@@ -44,7 +44,10 @@ def _alert(text: str) -> None:
 
     alerter = Client().active_stack.alerter
     if alerter is None:
-        raise PreferenceTuningError("the active stack has no alerter; `zenml alerter register`, `zenml stack update`")
+        raise PreferenceTuningError(
+            "the active stack has no alerter; make one with `zenml alerter register`, and a stack that has it with "
+            "`zenml stack register STACK -o default -a default -al ALERTER --set` (ZenML's default stack never has one)"
+        )
     if not alerter.post(text):
         raise PreferenceTuningError(f"{alerter.name} did not take it")
 

@@ -306,7 +306,9 @@ if __name__ == "__main__":
     client = Client()
     client.create_flavor("pigeon.PigeonFlavor", StackComponentType.ALERTER)
     client.create_stack_component("bird", "pigeon", StackComponentType.ALERTER, {"to": "flown.txt"})
-    client.update_stack(component_updates={StackComponentType.ALERTER: ["bird"]})
+    parts = {kind: "default" for kind in (StackComponentType.ORCHESTRATOR, StackComponentType.ARTIFACT_STORE)}
+    client.create_stack("birds", {**parts, StackComponentType.ALERTER: "bird"})
+    client.activate_stack("birds")
 """
 
 

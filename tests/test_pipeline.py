@@ -422,6 +422,10 @@ def test_the_dashboard_shows_the_run_and_leaves_nothing_behind(finished: Finishe
     assert f"/runs/{finished.run['id'][:8]}" in address
     with urllib.request.urlopen(address) as page:
         assert page.status == 200
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/current-user") as answer:
+        user = json.load(answer)
+    assert user["body"]["email_opted_in"] is False, "else it asks for a name and an address before it shows anything"
+    assert user["metadata"]["user_metadata"]["finished_onboarding_survey"]
     shown.send_signal(signal.SIGTERM)
     assert shown.wait(30) == 0
     with pytest.raises(OSError):

@@ -78,7 +78,7 @@ def _quality(evaluation: Evaluation) -> dict[str, Any]:
         "compared_with": evaluation.champion or "no champion",
         "pairs": evaluation.pairs,
         **{words: catalogue.in_line(name, candidate.get(name)) for name, words in figures.items()},
-        "worse": evaluation.worse or ["nothing"],
+        "worse": "; ".join(evaluation.worse) or "nothing",
     }
 
 

@@ -36,7 +36,11 @@ li{margin:3px 0}details{margin:6px 0}summary{cursor:pointer;color:#2f6fde;font-s
 article{margin:0 0 18px;padding:8px 0 0;border-top:1px solid #e3e8ee}
 .words{white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.45 ui-monospace,'DejaVu Sans Mono',monospace}
+@media (max-height:400px){html{zoom:.68}body{max-width:none;padding:14px 20px}h2{margin:14px 0 6px}.lead{margin:0 0 8px}
+.facts{grid-template-columns:repeat(auto-fit,minmax(110px,1fr));margin:6px 0}.fact{padding:6px 10px}
+.charts{grid-template-columns:repeat(auto-fit,minmax(280px,1fr))}th,td{padding:3px 10px}}
 """
+"""Of every page; the last rule is for ZenML's dashboard, which shows a report in a window of 384 px."""
 
 
 class Html(str):
