@@ -68,10 +68,24 @@ def written(archives: Process) -> bool:
         return False
 
 
-def archive() -> None:
-    """Write what no archive of a run holds yet into new ones, one a stage; stdin says whose, or ends without a word."""
-    from preference_tuning.tracking import comet
+def archive(run: RunFolder) -> None:
+    """Write what no archive of the run holds yet into new ones, one a stage."""
+    from preference_tuning.tracking.comet import Archive
     from preference_tuning.tracking.delivery import deliver, missing
+
+    ledger, closed = run.ledger(ARCHIVED), run.closed()
+    for stage in run.stages():
+        parcel = missing(stage, stage.points(), ledger)
+        if parcel.size:
+            tracker, noted = Archive(run, stage.name), ledger.aside()
+            deliver(stage, parcel, tracker, noted, Known())
+            tracker.end(failed=closed is not None and closed.failed)
+            ledger.keep(noted)
+
+
+def archive_when_asked() -> None:
+    """Be the process that writes archives: of the run whose folder comes through stdin, or of none."""
+    from preference_tuning.tracking import comet
 
     comet.prepare()
     asked, _, _ = select.select([sys.stdin], [], [], AHEAD_SECONDS)
@@ -81,14 +95,7 @@ def archive() -> None:
     with _log(run) as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    ledger, closed = run.ledger(ARCHIVED), run.closed()
-    for stage in run.stages():
-        parcel = missing(stage, stage.points(), ledger)
-        if parcel.size:
-            tracker, noted = comet.Archive(run, stage.name), ledger.aside()
-            deliver(stage, parcel, tracker, noted, Known())
-            tracker.end(failed=closed is not None and closed.failed)
-            ledger.keep(noted)
+    archive(run)
 
 
 def upload(run: RunFolder) -> int:
@@ -202,4 +209,4 @@ def main(what: str, *folder: str) -> None:
         if what == "send":
             send(RunFolder(Path(*folder)))
         else:
-            archive()
+            archive_when_asked()
