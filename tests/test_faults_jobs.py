@@ -17,6 +17,7 @@ from typing import Any
 import faulty
 import pytest
 from conftest import preference_rows, tiny_parameters, write_jsonl
+from pydantic import BaseModel
 from test_processes import in_every_step
 
 from preference_tuning import errors, events, failures, fingerprint, jobs
@@ -462,6 +463,20 @@ def test_a_child_that_could_tell_nothing_is_known_by_its_end(
     with pytest.raises(PreferenceTuningError, match=re.escape(message)) as caught:
         jobs.run("a.module", tmp_path, jobs.Job(), TrainingRecord)
     assert type(caught.value) is kind
+
+
+def test_a_child_that_breaks_after_its_result_has_done_its_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Done(BaseModel):
+        figure: int
+
+    def child(_: str, folder: Path, *_more: Any) -> int:
+        jobs.write_json(folder / jobs.RESULT, {"figure": 7})
+        return -signal.SIGABRT
+
+    monkeypatch.setattr(jobs, "_run_child", child)
+    assert jobs.run("a.module", tmp_path, jobs.Job(), Done).figure == 7
 
 
 def test_a_child_that_cannot_write_its_error_says_it(

@@ -167,8 +167,8 @@ def _attempt(module: str, folder: Path, job: Job, processes: int, lock: int) -> 
     (folder / ERROR).unlink(missing_ok=True)
     killed_before = machine_memory.kills()
     code = _run_child(module, folder, processes, lock)
-    if not code and (folder / RESULT).is_file():
-        return None
+    if (folder / RESULT).is_file():
+        return None  # it is written last: what went wrong after it, in a library's clean-up, changes nothing
     failure = _failure(code, folder)
     # A process that the kernel ended could not tell; if it was one of several, another told that it was gone.
     unexplained = _told(folder) is None or failure.kind == "transient"

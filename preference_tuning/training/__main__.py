@@ -19,7 +19,9 @@ def main(folder: Path, job: TrainingJob) -> TrainingRecord | None:
         backend.activate(job.base_model)
         from preference_tuning.training.stage import Stage
 
-        return Stage(folder, job).run()
+        record = Stage(folder, job).run()
+        processes.leave()
+        return record
     except (RuntimeError, MemoryError) as error:
         if failures.kind_of(error) == "out_of_memory":
             raise OutOfMemoryError(f"{job.stage.upper()} ran out of memory", memory.facts()) from error

@@ -38,6 +38,12 @@ def join(expected: int, device: str) -> None:
         )
 
 
+def leave() -> None:
+    """Part from the others after the last exchange; threads that still listen can crash the end of a process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def count() -> int:
     """Return how many processes do the job."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
