@@ -3,7 +3,8 @@
 Reading order: ``config`` (what a run is), ``data`` (rows in, canonical pairs out), ``models`` (loading, chat
 templates, log-probabilities), ``training`` (the SFT and DPO jobs), ``evaluation`` (scores and the verdict),
 ``registry`` (versions, the champion, pushes), ``tracking`` (the metrics spool and Comet). Around them: ``preflight``
-(what is known before a run), ``retraining`` (when to train again, and the history), ``scheduling``, ``notifying``.
+(what is known before a run), ``retraining`` (when to train again, and the history), ``scheduling``, ``notifying``,
+and ``commandline`` (what ``run.py`` understands).
 Nothing here imports zenml.
 """
 

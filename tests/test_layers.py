@@ -39,6 +39,7 @@ OWNERS = {
 GROUND = {"errors", "events", "failures", "fingerprint", "jobs", "progress", "reports", "hub", "config", "continuing"}
 ROOMS = {
     "errors": set(),
+    "commandline": set(),
     "continuing": {"errors"},
     "interruption": set(),
     "events": {"config"},

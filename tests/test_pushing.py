@@ -18,7 +18,7 @@ import pytest
 from hub_server import Hub, Repo, token
 from registries import write_weights
 
-from preference_tuning import config
+from preference_tuning import commandline, config
 from preference_tuning.config import HuggingFacePush, RegistryConfig, RunConfig
 from preference_tuning.errors import ConfigError, PreferenceTuningError
 from preference_tuning.evaluation.gate import Verdict
@@ -614,8 +614,7 @@ def test_the_command_continues_what_is_missing(hub: Hub, bench: Bench, capsys: p
     import run
 
     def command(*words: str) -> str:
-        options = run._parser().parse_args(["registry", "push", *words])
-        options.command(options)
+        run.registry(commandline.parser().parse_args(["registry", "push", *words]))
         return capsys.readouterr().out
 
     config = bench.folder / "run.yaml"
