@@ -1,6 +1,6 @@
 """Whether ZenML's active stack can do what a run config asks of it. Only asked where it asks for something."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from preference_tuning.config import RunConfig
@@ -45,6 +45,32 @@ def look(document: dict[str, Any], config: RunConfig) -> Iterator[Finding]:
             yield area.error(
                 ConfigError(f"{kind}: there is no {name!r} in ZenML"), f"zenml {kind.replace('_', '-')} list"
             )
+
+
+def images(document: dict[str, Any], settings: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield whether the images that the stack runs steps in can be built here; nothing where steps run as they are.
+
+    Args:
+        document: the config as ZenML reads it.
+        settings: what is set beside it.
+    """
+    from zenml.client import Client
+    from zenml.container_engines.factory import get_container_engine
+    from zenml.orchestrators import ContainerizedOrchestrator
+
+    area, stack = Area("stack"), Client().active_stack
+    orchestrator, builder = stack.orchestrator, stack.image_builder
+    given = {**(document.get("settings") or {}), **settings}.get("docker") or {}
+    skips = given.get("skip_build") if isinstance(given, Mapping) else given.skip_build
+    elsewhere = builder is not None and builder.flavor != "local"
+    if not isinstance(orchestrator, ContainerizedOrchestrator) or skips or document.get("build") or elsewhere:
+        return
+    try:
+        get_container_engine()
+    except RuntimeError as error:
+        where = f"the {orchestrator.flavor} orchestrator of stack {stack.name!r} runs steps in a container image"
+        told = ConfigError(f"stack: {where}, which cannot be built here: {' '.join(str(error).split())}")
+        yield area.error(told, "`zenml stack set default` runs the pipeline here")
 
 
 def _local_gpus(area: Area, count: int, where: str, config: RunConfig) -> Iterator[Finding]:

@@ -150,7 +150,11 @@ class CheckedPipeline(Pipeline):
             config, document = loaded.config, loaded.document
             give_secrets(config.registry)
             recording.expect(config.tracking)
-            more = (("stack", lambda _: stack.look(document, config)),)
+            beside = kwargs.get("settings") or {}
+            more = (
+                ("stack", lambda _: stack.look(document, config)),
+                ("stack", lambda _: stack.images(document, beside)),
+            )
             print(preflight.check(config, more=more))
             scheduled = bool(kwargs.get("schedule") or document.get("schedule"))
             trigger = self.trigger or naming.trigger("schedule" if scheduled else "manual")
