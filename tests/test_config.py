@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preference_tuning import config
-from preference_tuning.config import loading
+from preference_tuning.config import beside
 from preference_tuning.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -198,10 +198,10 @@ def test_the_copies_of_zenmls_keys_are_current() -> None:
 
     internal = {"model_version_id", "suppress_class_validation_warnings"}
     for model, keys in (
-        (PipelineRunConfiguration, loading.ZENML_KEYS),
-        (Schedule, loading.ZENML_SCHEDULE_KEYS),
-        (StepConfigurationUpdate, loading.ZENML_STEP_KEYS),
-        (Model, loading.ZENML_MODEL_KEYS),
+        (PipelineRunConfiguration, beside.ZENML_KEYS),
+        (Schedule, beside.ZENML_SCHEDULE_KEYS),
+        (StepConfigurationUpdate, beside.ZENML_STEP_KEYS),
+        (Model, beside.ZENML_MODEL_KEYS),
     ):
         assert set(model.model_fields) - internal == set(keys), model.__name__
 
