@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from comet_server import CometServer
+from registries import s3, use
 
 ROOT = Path(__file__).parent.parent
 LONGEST = {name: i for i, name in enumerate(("test_pipeline.py", "test_faults_pipeline.py", "test_faults_jobs.py"))}
@@ -243,3 +244,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Fini
     done = project.run("-X", f"note={CANARIES['command line']}", "run.py", "train", "run.yaml", **secrets)
     assert done.returncode == 0, done.stdout + done.stderr
     return Finished(project, done.stdout, project.last_run())
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """The address of a server that speaks S3."""
+    with s3() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An empty bucket, as a URL; the environment says how it is reached."""
+    return use(s3_server, monkeypatch, tmp_path)

@@ -109,12 +109,14 @@ def test_a_job_does_not_outlive_the_one_that_would_tell_its_end(
     assert begin("next").wait() == 7, "there is a new one"
 
 
-@pytest.mark.parametrize("reason", ["accelerator", "library"])
+@pytest.mark.parametrize("reason", ["accelerator", "library", "kernel"])
 def test_where_jobs_cannot_be_forked_they_are_programs(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     if reason == "accelerator":
         monkeypatch.setattr(forking, "ACCELERATORS", (str(tmp_path),))
+    elif reason == "kernel":
+        monkeypatch.setattr(forking, "_has_pidfds", lambda: False)
     else:
         (tmp_path / "libraries" / "torch" / "__init__.py").write_text("raise ImportError('of another CUDA')")
     for name, value in environment.items():

@@ -3,21 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from registries import FACTS, VERDICT, evaluation, left, model, opened, publish, s3, use
+from registries import FACTS, VERDICT, evaluation, left, model, opened, publish
 
 from preference_tuning.errors import ConfigError, OvertakenError, PreferenceTuningError
 from preference_tuning.registry.folder import FolderRegistry
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3() as address:
-        yield address
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -25,7 +18,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     """What ``registry.folder`` says."""
     if request.param == "disk":
         return str(tmp_path / "registry")
-    return f"{use(request.getfixturevalue('server'), monkeypatch, tmp_path)}/team/registry"
+    return f"{request.getfixturevalue('bucket')}/team/registry"
 
 
 @pytest.fixture

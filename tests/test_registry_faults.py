@@ -1,7 +1,7 @@
 """The registry when processes die or work at the same moment: readers see the old state or the new, reruns complete."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,7 @@ from registries import (
     let_leases_end,
     opened,
     publish,
-    s3,
     trained,
-    use,
 )
 
 from preference_tuning.registry import collecting
@@ -166,17 +164,6 @@ def test_two_publications_at_once(tmp_path: Path, number: int) -> None:
 
 
 # --- in an object store ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3() as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    return use(server, monkeypatch, tmp_path)
 
 
 def killed_before_request(number: int, act: Callable[[], Any]) -> bool:

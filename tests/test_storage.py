@@ -5,29 +5,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from registries import at_once, forked, left, opened, publish, s3, use
+from registries import at_once, forked, left, opened, publish
 
 from preference_tuning.errors import ConfigError, PreferenceTuningError, TransientError
 from preference_tuning.registry import storage as storages
 from preference_tuning.registry.storage import lease, locking
 from preference_tuning.registry.storage.local import LocalStorage
 from preference_tuning.registry.storage.remote import RemoteStorage
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with s3() as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    return use(server, monkeypatch, tmp_path)
 
 
 @pytest.fixture(params=["disk", "s3", "memory"])
@@ -221,7 +209,7 @@ def test_each_file_is_copied_once_and_a_damaged_copy_again(
 
 
 def test_a_store_that_cannot_be_used_is_told_in_one_line(
-    bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder, said in {
         "s3://no-such-bucket/x": "s3://no-such-bucket/x: there is no such bucket",

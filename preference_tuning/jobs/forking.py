@@ -7,6 +7,7 @@ in a process whose parent has asked for its devices, which these libraries do wh
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -159,7 +160,17 @@ atexit.register(close)
 
 
 def _possible() -> bool:
-    return sys.platform == "linux" and not any(Path(device).exists() for device in ACCELERATORS)
+    return sys.platform == "linux" and not any(Path(device).exists() for device in ACCELERATORS) and _has_pidfds()
+
+
+@functools.cache
+def _has_pidfds() -> bool:
+    """Return whether the kernel tells of a process's end through a descriptor; old ones and some containers do not."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def _with(environment: dict[str, str]) -> _Parent:
