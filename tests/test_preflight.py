@@ -244,6 +244,7 @@ def test_versions(tmp_path: Path, versions: dict[str, str], wanted: dict[str, st
     errors = [f for f in packages.look(installed(tmp_path, **versions), wanted) if f.level == "error"]
     assert [message in error.text for error in errors] == [True]
     assert errors[0].todo.startswith("pip ")
+    assert "extra ==" not in errors[0].todo, "pip would not install it"
 
 
 def test_matching_versions_are_no_error(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def look(places: Sequence[str], wanted: dict[str, str]) -> Iterator[Finding]:
     for name, setting in wanted.items():
         requirement = next((r for r in (*extra, *NOT_SAID) if _key(r.name) == _key(name)), Requirement(name))
         if line := _outside(requirement, installed):
-            yield area.error(ConfigError(f"{setting} needs {name}: {line}"), f"pip install '{requirement}'")
+            told = ConfigError(f"{setting} needs {name}: {line}")
+            yield area.error(told, f"pip install '{requirement.name}{requirement.specifier}'")
     if outside:
         error = ConfigError(f"outside of what is supported: {'; '.join(outside)}")
         yield area.error(error, "pip install -c constraints.txt -e . in a fresh environment")
