@@ -131,6 +131,16 @@ def tiny_parameters(model: Path, data: Path) -> dict[str, Any]:
     }
 
 
+AIRFLOW = """
+from zenml.client import Client
+from zenml.enums import StackComponentType
+client = Client()
+client.create_stack_component("air", "airflow", StackComponentType.ORCHESTRATOR, {"local": True})
+parts = {StackComponentType.ORCHESTRATOR: "air", StackComponentType.ARTIFACT_STORE: "default"}
+print(client.create_stack("flying", parts).id)
+"""
+
+
 @dataclass
 class Project:
     """A copy of the project in a folder of its own, with its own ZenML store."""
@@ -158,6 +168,14 @@ class Project:
         done = self.run("run.py", "train", config, *options)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
+
+    def airflow_stack(self) -> str:
+        """Make a stack whose orchestrator is Airflow, and return its id; it is not the active one."""
+        # ZenML looks for the main module's file.
+        (self.folder / "flying.py").write_text(AIRFLOW, encoding="utf-8")
+        done = self.run("flying.py")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[-1]
 
     def last_runs(self, count: int) -> list[dict[str, Any]]:
         """Return what ZenML stored of the last runs, the newest first; in one process, because zenml imports slowly."""

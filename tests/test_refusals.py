@@ -65,22 +65,9 @@ def test_check_says_what_it_found(finished: Finished) -> None:
     assert "          warning: SFT makes only" in finished.shown
 
 
-AIRFLOW = """
-from zenml.client import Client
-from zenml.enums import StackComponentType
-client = Client()
-client.create_stack_component("air", "airflow", StackComponentType.ORCHESTRATOR, {"local": True})
-parts = {StackComponentType.ORCHESTRATOR: "air", StackComponentType.ARTIFACT_STORE: "default"}
-print(client.create_stack("flying", parts).id)
-"""
-
-
 def test_a_stack_whose_images_cannot_be_built_is_told_before_anything_runs(finished: Finished) -> None:
     project = finished.project
-    (project.folder / "flying.py").write_text(AIRFLOW, encoding="utf-8")
-    made = project.run("flying.py")
-    assert made.returncode == 0, made.stderr
-    stack = made.stdout.split()[-1]
+    stack = project.airflow_stack()
     nowhere = {"DOCKER_HOST": "unix:///nowhere.sock", "CONTAINER_HOST": "unix:///nowhere.sock"}
     done = project.run("run.py", "train", "run.yaml", ZENML_ACTIVE_STACK_ID=stack, PATH="", **nowhere)
     assert done.returncode == 2, done.stdout + done.stderr

@@ -245,12 +245,7 @@ def test_airflow_runs_the_pipeline_again_and_again(tmp_path: Path, tiny_model: P
         "AIRFLOW_HOME": str(tmp_path / "airflow"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False", "AIRFLOW__API__PORT": "8793",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": "http://127.0.0.1:8793/execution/", "AIRFLOW__API__WORKERS": "1",
     }  # fmt: skip
-    register = (
-        "from zenml.client import Client\nfrom zenml.enums import StackComponentType as T\nc = Client()\n"
-        "c.create_stack_component('af', 'airflow', T.ORCHESTRATOR, {'local': True})\n"
-        "c.create_stack('af', {T.ORCHESTRATOR: 'af', T.ARTIFACT_STORE: 'default'})\nc.activate_stack('af')\n"
-    )
-    assert project.run("-c", register).returncode == 0
+    settings["ZENML_ACTIVE_STACK_ID"] = project.airflow_stack()
     installed = project.run(
         "run.py", "schedule", "run.yaml", "--on", "airflow", "--cron", "* * * * *", "--install", **settings
     )
