@@ -169,11 +169,11 @@ class Project:
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def airflow_stack(self) -> str:
+    def airflow_stack(self, **environment: str) -> str:
         """Make a stack whose orchestrator is Airflow, and return its id; it is not the active one."""
         # ZenML looks for the main module's file.
         (self.folder / "flying.py").write_text(AIRFLOW, encoding="utf-8")
-        done = self.run("flying.py")
+        done = self.run("flying.py", **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
 

@@ -14,7 +14,7 @@ from preference_tuning import jobs
 from preference_tuning.jobs import forking
 
 JOB = """
-import json, os, signal, sys, time
+import gc, json, os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
 print("said")
@@ -24,7 +24,7 @@ facts = {
     "open": sorted(set(map(int, os.listdir("/proc/self/fd"))))[:-1],
     "mask": len(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
     "signals": [signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler) for n in (1, 2, 15)],
-    "imported": "torch" in sys.modules,
+    "imported": "torch" in sys.modules, "collects": gc.isenabled(),
 }
 (folder / "facts.json").write_text(json.dumps(facts))
 while (folder / "wait").is_file():
@@ -82,6 +82,7 @@ def test_a_fork_is_like_a_program(
     assert capfd.readouterr() == ("said\n", "complained\n")
     seen = facts(tmp_path / "first")
     assert seen["imported"]
+    assert seen["collects"]
     assert (seen["name"], seen["cwd"], seen["stdin"]) == ("__main__", str(Path.cwd()), os.devnull)
     assert (seen["mask"], seen["signals"]) == (0, [True, True, True])
     assert len(seen["open"]) == 4, "its terminal and its lock, and nothing of other jobs"

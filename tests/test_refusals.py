@@ -1,6 +1,8 @@
 """What is wrong is told before anything runs, whole and in one message; and what a check says of what is right."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -65,11 +67,14 @@ def test_check_says_what_it_found(finished: Finished) -> None:
     assert "          warning: SFT makes only" in finished.shown
 
 
-def test_a_stack_whose_images_cannot_be_built_is_told_before_anything_runs(finished: Finished) -> None:
+def test_a_stack_whose_images_cannot_be_built_is_told_before_anything_runs(finished: Finished, tmp_path: Path) -> None:
     project = finished.project
-    stack = project.airflow_stack()
-    nowhere = {"DOCKER_HOST": "unix:///nowhere.sock", "CONTAINER_HOST": "unix:///nowhere.sock"}
-    done = project.run("run.py", "train", "run.yaml", ZENML_ACTIVE_STACK_ID=stack, PATH="", **nowhere)
+    # ZenML keeps the stack that it was told to take.
+    shutil.copytree(project.folder.parent / "zenml", tmp_path / "zenml")
+    environment = {"ZENML_CONFIG_PATH": str(tmp_path / "zenml"), "PATH": ""}
+    environment |= {"DOCKER_HOST": "unix:///nowhere.sock", "CONTAINER_HOST": "unix:///nowhere.sock"}
+    environment["ZENML_ACTIVE_STACK_ID"] = project.airflow_stack(**environment)
+    done = project.run("run.py", "train", "run.yaml", **environment)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the airflow orchestrator of stack 'flying' runs steps in a container image" in done.stderr
     assert "`zenml stack set default` runs the pipeline here" in done.stderr

@@ -32,8 +32,8 @@ SOME_NEED = {
 Our own modules are not among them: a job reads them as they are when it starts.
 """
 
-ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""Devices of NVIDIA's driver, of WSL's and of AMD's."""
+ACCELERATORS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+"""Devices of NVIDIA's drivers (the second is Jetson's), of WSL's and of AMD's."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """What a terminal or a supervisor sends to all processes at once: to the jobs, not to the one they are forked from."""
@@ -59,6 +59,7 @@ class Child:
                 # The one that would tell was killed. A job that nobody hears of must not go on.
                 self.send_signal(signal.SIGTERM)
                 select.select([self._process], [], [])
+                close()
             self._code = int(answer) if answer else -signal.SIGKILL
             self._answers.close()
             if self._process is not None:
@@ -203,6 +204,7 @@ def serve() -> Request | None:
     """Fork a job for each request that comes through stdin. Returns in the jobs; None at the end, in the parent."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    gc.disable()  # a fifth of the time of these imports, for objects that stay
     requests = _Requests(socket.socket(fileno=os.dup(0)))
     _import(ALL_NEED)
     while requests.wait():
@@ -214,7 +216,6 @@ def serve() -> Request | None:
 def _import(libraries: Sequence[str]) -> None:
     for library in libraries:
         importlib.import_module(library)
-    gc.collect()
     gc.freeze()  # what is shared stays shared
 
 
@@ -255,8 +256,10 @@ class _Requests:
             connection.close()
         for job in self._jobs:
             os.close(job.process)
+        gc.enable()
         os.chdir(request.cwd)
-        Path("/proc/self/comm").write_text(request.module.rpartition(".")[2], encoding="utf-8")  # for `top`
+        with contextlib.suppress(OSError):  # what `top` shows
+            Path("/proc/self/comm").write_text(request.module.rpartition(".")[2], encoding="utf-8")
         return request
 
 
