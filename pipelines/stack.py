@@ -1,6 +1,7 @@
 """Whether ZenML's active stack can do what a run config asks of it. Only asked where it asks for something."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from preference_tuning.config import RunConfig
@@ -47,30 +48,28 @@ def look(document: dict[str, Any], config: RunConfig) -> Iterator[Finding]:
             )
 
 
-def images(document: dict[str, Any], settings: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield whether the images that the stack runs steps in can be built here; nothing where steps run as they are.
+@contextmanager
+def images_explained() -> Iterator[None]:
+    """Explain that the images in which the active stack runs steps cannot be built here.
 
-    Args:
-        document: the config as ZenML reads it.
-        settings: what is set beside it.
+    Not asked before: ZenML takes an image that was built earlier, on whatever machine, where one fits.
+
+    Raises:
+        ConfigError: there is none, and nothing to build it with. No step has run.
     """
-    from zenml.client import Client
-    from zenml.container_engines.factory import get_container_engine
-    from zenml.orchestrators import ContainerizedOrchestrator
-
-    area, stack = Area("stack"), Client().active_stack
-    orchestrator, builder = stack.orchestrator, stack.image_builder
-    given = {**(document.get("settings") or {}), **settings}.get("docker") or {}
-    skips = given.get("skip_build") if isinstance(given, Mapping) else given.skip_build
-    elsewhere = builder is not None and builder.flavor != "local"
-    if not isinstance(orchestrator, ContainerizedOrchestrator) or skips or document.get("build") or elsewhere:
-        return
     try:
-        get_container_engine()
+        yield
     except RuntimeError as error:
-        where = f"the {orchestrator.flavor} orchestrator of stack {stack.name!r} runs steps in a container image"
-        told = ConfigError(f"stack: {where}, which cannot be built here: {' '.join(str(error).split())}")
-        yield area.error(told, "`zenml stack set default` runs the pipeline here")
+        from zenml.client import Client
+        from zenml.orchestrators import ContainerizedOrchestrator
+
+        stack, reason = Client().active_stack, " ".join(str(error).split())
+        if not isinstance(stack.orchestrator, ContainerizedOrchestrator) or "container engine" not in reason:
+            raise
+        raise ConfigError(
+            f"stack: the {stack.orchestrator.flavor} orchestrator of stack {stack.name!r} runs steps in a container "
+            f"image, which cannot be built here: {reason} Or `zenml stack set default` runs the pipeline here"
+        ) from None
 
 
 def _local_gpus(area: Area, count: int, where: str, config: RunConfig) -> Iterator[Finding]:

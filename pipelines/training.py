@@ -150,11 +150,7 @@ class CheckedPipeline(Pipeline):
             config, document = loaded.config, loaded.document
             give_secrets(config.registry)
             recording.expect(config.tracking)
-            beside = kwargs.get("settings") or {}
-            more = (
-                ("stack", lambda _: stack.look(document, config)),
-                ("stack", lambda _: stack.images(document, beside)),
-            )
+            more = (("stack", lambda _: stack.look(document, config)),)
             print(preflight.check(config, more=more))
             scheduled = bool(kwargs.get("schedule") or document.get("schedule"))
             trigger = self.trigger or naming.trigger("schedule" if scheduled else "manual")
@@ -175,6 +171,7 @@ class CheckedPipeline(Pipeline):
             told(self.commanded),
             written_down(config, self.trigger) as ended,
             alive(self.name, self.output_dir) as extra,
+            stack.images_explained(),
         ):
             kept = {OPTIONS: dict(self.options)} if self.options else {}
             self.configure(extra={**extra, **kept}, execution_mode=_execution_mode())
